@@ -1,0 +1,2 @@
+#define FASTGEN_ISA avx2
+#include "isa.inc"

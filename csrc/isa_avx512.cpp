@@ -1,0 +1,2 @@
+#define FASTGEN_ISA avx512
+#include "isa.inc"

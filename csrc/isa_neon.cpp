@@ -1,0 +1,3 @@
+#define FASTGEN_ISA neon
+#define FASTGEN_NEON 1
+#include "isa.inc"

@@ -1,0 +1,2 @@
+#define FASTGEN_ISA scalar
+#include "isa.inc"

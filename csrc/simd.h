@@ -1,0 +1,318 @@
+// One vector type per instruction set: the kernels are written once over these names and compiled once per set.
+//
+// A unit that includes this file defines FASTGEN_ISA (the namespace: scalar, avx2, avx512, neon) and gets
+//   LANES, vf / vi / vu   float32, int32 and uint32 vectors; plain scalars when LANES is 1
+//   arithmetic, comparisons and `condition ? a : b` by the compiler (GCC and Clang vector extensions)
+//   the shims below where the language has no word for it.
+// Nothing here may be used outside the namespace: an inline function shared by two units would be merged by the linker,
+// and the AVX-512 copy could end up on a machine without it. For the same reason kernels use no templates of std.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(FASTGEN_NEON)
+#include <arm_neon.h>
+#endif
+
+#define FASTGEN_BEGIN namespace fastgen { namespace FASTGEN_ISA {
+#define FASTGEN_END }}
+#define INLINE inline __attribute__((always_inline))
+
+FASTGEN_BEGIN
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#elif defined(__ARM_NEON) && defined(FASTGEN_NEON)
+constexpr int LANES = 4;
+#else
+constexpr int LANES = 1;
+#define FASTGEN_ONE_LANE 1
+#endif
+
+#ifdef FASTGEN_ONE_LANE
+using vf = float;
+using vi = int32_t;
+using vu = uint32_t;
+#else
+using vf = float __attribute__((vector_size(4 * LANES)));
+using vi = int32_t __attribute__((vector_size(4 * LANES)));
+using vu = uint32_t __attribute__((vector_size(4 * LANES)));
+#endif
+
+template <class To, class From>
+INLINE To bits(From value) {
+  static_assert(sizeof(To) == sizeof(From), "bits() keeps the size");
+  To out;
+  memcpy(&out, &value, sizeof out);
+  return out;
+}
+
+INLINE vf splat(float x) { return vf{} + x; }
+INLINE vu splat_u(uint32_t x) { return vu{} + x; }
+INLINE vi splat_i(int32_t x) { return vi{} + x; }
+
+template <class V, class T>
+INLINE V load(const T* p) {
+  V out;
+  memcpy(&out, p, sizeof out);
+  return out;
+}
+template <class V, class T>
+INLINE void store(T* p, V value) {
+  memcpy(p, &value, sizeof value);
+}
+
+// ---- shims --------------------------------------------------------------------------------------------------------
+
+INLINE void mul_wide(vu a, uint32_t b, vu& high, vu& low) {  // a * b as 64 bits
+#if defined(__AVX512F__)
+  const __m512i va = (__m512i)a, vb = _mm512_set1_epi32((int)b);
+  const __m512i even = _mm512_mul_epu32(va, vb), odd = _mm512_mul_epu32(_mm512_srli_epi64(va, 32), vb);
+  high = (vu)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  low = (vu)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+#elif defined(__AVX2__)
+  const __m256i va = (__m256i)a, vb = _mm256_set1_epi32((int)b);
+  const __m256i even = _mm256_mul_epu32(va, vb), odd = _mm256_mul_epu32(_mm256_srli_epi64(va, 32), vb);
+  high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  low = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+#elif defined(FASTGEN_NEON)
+  const uint32x4_t va = (uint32x4_t)a;
+  const uint64x2_t first = vmull_n_u32(vget_low_u32(va), b), second = vmull_n_u32(vget_high_u32(va), b);
+  low = (vu)vuzp1q_u32(vreinterpretq_u32_u64(first), vreinterpretq_u32_u64(second));
+  high = (vu)vuzp2q_u32(vreinterpretq_u32_u64(first), vreinterpretq_u32_u64(second));
+#else
+  const uint64_t product = (uint64_t)a * b;
+  high = (uint32_t)(product >> 32);
+  low = (uint32_t)product;
+#endif
+}
+
+INLINE vf to_float(vu a) {  // rounded once, to nearest even
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepu32_ps((__m512i)a);
+#elif defined(__AVX2__)
+  // there is no unsigned conversion: both halves are exact, so that only the sum rounds
+  const __m256i value = (__m256i)a;
+  const __m256 high = _mm256_cvtepi32_ps(_mm256_srli_epi32(value, 16));
+  const __m256 low = _mm256_cvtepi32_ps(_mm256_and_si256(value, _mm256_set1_epi32(0xFFFF)));
+  return (vf)_mm256_add_ps(_mm256_mul_ps(high, _mm256_set1_ps(65536.0f)), low);
+#elif defined(FASTGEN_NEON)
+  return (vf)vcvtq_f32_u32((uint32x4_t)a);
+#else
+  return (float)a;
+#endif
+}
+
+INLINE vf to_float(vi a) {
+#ifdef FASTGEN_ONE_LANE
+  return (float)a;
+#else
+  return __builtin_convertvector(a, vf);
+#endif
+}
+
+INLINE vi to_int(vf a) {  // truncates; the result is unspecified for NaN and out of range
+#ifdef FASTGEN_ONE_LANE
+  return a >= -2147483648.0f && a < 2147483648.0f ? (int32_t)a : INT32_MIN;
+#else
+  return __builtin_convertvector(a, vi);
+#endif
+}
+
+INLINE vf sqrt(vf a) {  // correctly rounded
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)a);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)a);
+#elif defined(FASTGEN_NEON)
+  return (vf)vsqrtq_f32((float32x4_t)a);
+#else
+  return __builtin_sqrtf(a);
+#endif
+}
+
+// a * b + c: rounded twice where Exact, else fused where the machine can
+template <bool Exact>
+INLINE vf multiply_add(vf a, vf b, vf c) {
+  if constexpr (Exact) return a * b + c;
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(FASTGEN_NEON)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+INLINE vf fma(vf a, vf b, vf c) { return multiply_add<false>(a, b, c); }
+
+INLINE float sum(vf a) {  // in a fixed order: pairwise over the lanes
+#ifdef FASTGEN_ONE_LANE
+  return a;
+#else
+  float lane[LANES];
+  store(lane, a);
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+#endif
+}
+
+// In each group of four lanes, transpose the 4x4 block that a, b, c, d make.
+INLINE void transpose4(vf& a, vf& b, vf& c, vf& d) {
+#if defined(__AVX512F__)
+  const __m512 ab_low = _mm512_unpacklo_ps((__m512)a, (__m512)b), ab_high = _mm512_unpackhi_ps((__m512)a, (__m512)b);
+  const __m512 cd_low = _mm512_unpacklo_ps((__m512)c, (__m512)d), cd_high = _mm512_unpackhi_ps((__m512)c, (__m512)d);
+  a = (vf)_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab_low), _mm512_castps_pd(cd_low)));
+  b = (vf)_mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab_low), _mm512_castps_pd(cd_low)));
+  c = (vf)_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab_high), _mm512_castps_pd(cd_high)));
+  d = (vf)_mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab_high), _mm512_castps_pd(cd_high)));
+#elif defined(__AVX2__)
+  const __m256 ab_low = _mm256_unpacklo_ps((__m256)a, (__m256)b), ab_high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  const __m256 cd_low = _mm256_unpacklo_ps((__m256)c, (__m256)d), cd_high = _mm256_unpackhi_ps((__m256)c, (__m256)d);
+  a = (vf)_mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(ab_low), _mm256_castps_pd(cd_low)));
+  b = (vf)_mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(ab_low), _mm256_castps_pd(cd_low)));
+  c = (vf)_mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(ab_high), _mm256_castps_pd(cd_high)));
+  d = (vf)_mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(ab_high), _mm256_castps_pd(cd_high)));
+#elif defined(FASTGEN_NEON)
+  const float32x4x2_t ab = vtrnq_f32((float32x4_t)a, (float32x4_t)b), cd = vtrnq_f32((float32x4_t)c, (float32x4_t)d);
+  a = (vf)vcombine_f32(vget_low_f32(ab.val[0]), vget_low_f32(cd.val[0]));
+  b = (vf)vcombine_f32(vget_low_f32(ab.val[1]), vget_low_f32(cd.val[1]));
+  c = (vf)vcombine_f32(vget_high_f32(ab.val[0]), vget_high_f32(cd.val[0]));
+  d = (vf)vcombine_f32(vget_high_f32(ab.val[1]), vget_high_f32(cd.val[1]));
+#else
+  (void)a, (void)b, (void)c, (void)d;  // one lane: the four words already stand in order
+#endif
+}
+
+// Which quartet each lane computes so that transpose4 leaves the elements in order: lane 4g + k holds k * LANES / 4 + g.
+INLINE vu quartet_of_lane() {
+#ifdef FASTGEN_ONE_LANE
+  return 0;
+#else
+  vu out{};
+  for (int lane = 0; lane < LANES; ++lane) out[lane] = (uint32_t)(lane % 4 * (LANES / 4) + lane / 4);
+  return out;
+#endif
+}
+
+// ---- storage types -----------------------------------------------------------------------------------------------
+
+struct bf16 { uint16_t word; };
+struct f16 { uint16_t word; };
+
+INLINE float widen(float x) { return x; }
+INLINE float widen(bf16 x) { return bits<float>((uint32_t)x.word << 16); }
+INLINE float widen(f16 x) {  // subnormals through an exact subtraction
+  const uint32_t sign = (uint32_t)(x.word & 0x8000) << 16, rest = (uint32_t)(x.word & 0x7FFF) << 13;
+  if (rest >= 0x0F800000u) return bits<float>(sign | rest | 0x7F800000u);
+  if (rest >= 0x00800000u) return bits<float>(sign | (rest + 0x38000000u));
+  return bits<float>(sign | bits<uint32_t>(bits<float>(rest + 0x38800000u) - bits<float>(0x38800000u)));
+}
+INLINE void narrow(float x, float& out) { out = x; }
+INLINE void narrow(float x, bf16& out) {
+  const uint32_t u = bits<uint32_t>(x);
+  out.word = x != x ? (uint16_t)(u >> 16 | 0x40) : (uint16_t)((u + 0x7FFFu + (u >> 16 & 1)) >> 16);
+}
+INLINE void narrow(float x, f16& out) {
+  const uint32_t u = bits<uint32_t>(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7FFFFFFF;
+  uint32_t word;
+  if (magnitude > 0x7F800000u) word = 0x7E00;
+  else if (magnitude >= 0x477FF000u) word = 0x7C00;
+  else if (magnitude < 0x38800000u) word = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3F000000u;
+  else word = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1)) >> 13;
+  out.word = (uint16_t)(sign | word);
+}
+
+INLINE vf load_float(const float* p) { return load<vf>(p); }
+INLINE void store_float(float* p, vf x) { store(p, x); }
+
+#ifdef FASTGEN_ONE_LANE
+INLINE vf load_float(const bf16* p) { return widen(*p); }
+INLINE vf load_float(const f16* p) { return widen(*p); }
+INLINE void store_float(bf16* p, vf x) { narrow(x, *p); }
+INLINE void store_float(f16* p, vf x) { narrow(x, *p); }
+#else
+using vh = uint16_t __attribute__((vector_size(2 * LANES)));
+INLINE vf load_float(const bf16* p) { return bits<vf>(__builtin_convertvector(load<vh>(p), vu) << 16); }
+INLINE void store_float(bf16* p, vf x) {
+  const vu u = bits<vu>(x);
+  const vu rounded = (u + 0x7FFFu + (u >> 16 & 1u)) >> 16, nan = u >> 16 | 0x40u;
+  store(p, __builtin_convertvector(x != x ? nan : rounded, vh));
+}
+#if defined(__AVX512F__)
+INLINE vf load_float(const f16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE void store_float(f16* p, vf x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, 0)); }
+#elif defined(__AVX2__)
+INLINE vf load_float(const f16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void store_float(f16* p, vf x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, 0)); }
+#else
+INLINE vf load_float(const f16* p) { return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p))); }
+INLINE void store_float(f16* p, vf x) { vst1_u16((uint16_t*)p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x))); }
+#endif
+#endif
+
+template <class P>
+struct Pointee;
+template <class T>
+struct Pointee<T*> {
+  using type = T;
+};
+// body(T*) with the storage type of a dtype code; _native.py has the same codes.
+template <class Body>
+INLINE void with_dtype(int64_t dtype, Body&& body) {
+  if (dtype == 0) body((float*)nullptr);
+  else if (dtype == 1) body((bf16*)nullptr);
+  else body((f16*)nullptr);
+}
+
+// The first n lanes only, 0 <= n < LANES; lanes beyond hold `fill` and are not touched in memory.
+template <class T>
+INLINE vf load_part(const T* p, int64_t n, float fill = 0.0f) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << n) - 1), p);
+#endif
+  float lane[LANES];
+  for (int i = 0; i < LANES; ++i) lane[i] = fill;
+  for (int64_t i = 0; i < n; ++i) lane[i] = widen(p[i]);
+  return load<vf>(lane);
+}
+template <class T>
+INLINE void store_part(T* p, vf x, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)x);
+    return;
+  }
+#endif
+  float lane[LANES];
+  store(lane, x);
+  for (int64_t i = 0; i < n; ++i) narrow(lane[i], p[i]);
+}
+
+// Calls body(i, n) for blocks of a row of `count` elements: n == LANES for whole vectors, less for the tail. The body is
+// compiled twice, so that `block_load` and `block_store` cost nothing on whole vectors.
+template <class Body>
+INLINE void for_blocks(int64_t count, Body&& body) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) body(i, (int64_t)LANES);
+  if (LANES > 1 && i < count) body(i, count - i);
+}
+template <class T>
+INLINE vf block_load(const T* p, int64_t n, float fill = 0.0f) {
+  return n == LANES ? load_float(p) : load_part(p, n, fill);
+}
+template <class T>
+INLINE void block_store(T* p, vf x, int64_t n) {
+  if (n == LANES) store_float(p, x);
+  else store_part(p, x, n);
+}
+
+FASTGEN_END

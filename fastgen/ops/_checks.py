@@ -1,0 +1,100 @@
+"""Checks and preparation of arguments, shared by all ops: done once, in Python, so that kernels need none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgen.random import fresh_key
+
+__all__ = ["as_rows", "common", "device_of", "noise_like", "prepare_key", "sample_shape"]
+
+
+def common(**tensors: Tensor) -> list[Tensor]:
+    """The tensors in one shape and dtype: broadcast, promoted and checked to be floating and on one device.
+
+    Raises:
+        TypeError: for something else than a floating-point tensor.
+        ValueError: for shapes that do not broadcast, no sample dimension, or several devices.
+    """
+    values = list(tensors.values())
+    first = values[0]
+    if all(
+        type(v) is Tensor and v.dtype is first.dtype and v.shape == first.shape and v.device == first.device for v in values
+    ) and first.is_floating_point() and first.dim():
+        return values
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+        if value.device != first.device:
+            raise ValueError(f"{name} is on {value.device}, expected {first.device} like {next(iter(tensors))}")
+    dtype = first.dtype
+    for value in values[1:]:
+        dtype = torch.promote_types(dtype, value.dtype)
+    try:
+        values = list(torch.broadcast_tensors(*values))
+    except RuntimeError as error:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
+        raise ValueError(f"shapes do not broadcast: {shapes}") from error
+    if values[0].dim() == 0:
+        raise ValueError(f"{', '.join(tensors)} must have a sample dimension, got scalars")
+    return [value.to(dtype) for value in values]
+
+
+def prepare_key(key: Tensor | None, samples: int, device: torch.device) -> Tensor:
+    """A contiguous key on ``device`` for ``samples`` samples; None draws a fresh one.
+
+    Raises:
+        TypeError: if it is not an int64 tensor.
+        ValueError: for a shape other than [4] or [samples, 4], or another device.
+    """
+    if key is None:
+        return fresh_key(device)
+    if not isinstance(key, Tensor) or key.dtype is not torch.int64:
+        what = key.dtype if isinstance(key, Tensor) else type(key).__name__
+        raise TypeError(f"key must be an int64 tensor made by fastgen.random.key, got {what}")
+    shape = key.shape
+    if shape != (4,) and shape != (samples, 4):
+        raise ValueError(f"key must have shape [4] or [{samples}, 4], got {list(shape)}")
+    if key.device != device:
+        raise ValueError(f"key is on {key.device}, expected {device}")
+    return key.contiguous()
+
+
+def noise_like(noise: Tensor, like: Tensor, name: str = "noise") -> Tensor:
+    """Given noise as contiguous float32 (float64 stays), checked against the shape and device of ``like``."""
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(noise, 'dtype', type(noise).__name__)}")
+    if noise.shape != like.shape or noise.device != like.device:
+        raise ValueError(
+            f"{name} must have shape {tuple(like.shape)} on {like.device}, got {tuple(noise.shape)} on {noise.device}"
+        )
+    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return noise.detach().to(dtype).contiguous()
+
+
+def sample_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """``shape`` as a tuple, checked: samples first, nothing negative."""
+    size = tuple(shape) if isinstance(shape, Sequence) else ()
+    if not size or any(n < 0 for n in size):
+        raise ValueError(f"shape must be (samples, ...) without negative sizes, got {shape!r}")
+    return size
+
+
+def device_of(key: Tensor | None, device: torch.device | str | None) -> torch.device:
+    """The device of a draw: the key's, or else ``device``, or else PyTorch's default."""
+    if isinstance(key, Tensor):
+        if device is not None and torch.device(device).type != key.device.type:
+            raise ValueError(f"key is on {key.device}, device says {device}")
+        return key.device
+    return torch.device(device) if device is not None else torch.get_default_device()
+
+
+def as_rows(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+    """(samples, elements of one sample) of a shape whose first dimension counts samples."""
+    return shape[0], math.prod(shape[1:])

@@ -1,0 +1,200 @@
+"""Which backend runs an op, decided in one place, per call.
+
+Order: the ``backend=`` argument, ``with use_backend(...)``, ``FASTGEN_BACKEND``, else the fastest that supports the
+tensors. A choice somebody made and that cannot be met raises and says why; the automatic choice falls back, and
+:func:`explain` tells what ran and why not the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.ops import _native
+from fastgen.ops._spec import OpSpec, all_specs, get_spec
+
+__all__ = ["BACKENDS", "choose", "explain", "info", "is_fast", "raw_op", "reason_against", "triton_module", "use_backend", "use_math"]
+
+BACKENDS = ("triton", "cpp", "reference")
+"""Fastest first."""
+MATHS = ("exact", "fast")
+
+
+def _checked(value: str | None, known: tuple[str, ...], what: str) -> str | None:
+    if value is not None and value not in known:
+        raise ValueError(f"{what} must be one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+class _State:
+    """The process-wide choice. Plain attributes, so that torch.compile can guard on them."""
+
+    backend: str | None = _checked(os.environ.get("FASTGEN_BACKEND") or None, BACKENDS, "FASTGEN_BACKEND")
+    math: str = _checked(os.environ.get("FASTGEN_MATH") or None, MATHS, "FASTGEN_MATH") or "exact"
+
+
+_state = _State()
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Run every op of the block on one backend, or None for the automatic choice. Holds for all threads.
+
+    >>> with use_backend("reference"):
+    ...     z, kl = fastgen.ops.reparameterize(mean, log_var)
+    """
+    before, _state.backend = _state.backend, _checked(backend, BACKENDS, "backend")
+    try:
+        yield
+    finally:
+        _state.backend = before
+
+
+@contextlib.contextmanager
+def use_math(math: str) -> Iterator[None]:
+    """Draw the normals of the block in the "exact" or the "fast" mode; see :func:`fastgen.ops.normal`."""
+    before, _state.math = _state.math, _checked(math, MATHS, "math") or "exact"
+    try:
+        yield
+    finally:
+        _state.math = before
+
+
+def is_fast(math: str | None) -> bool:
+    """Whether ``math=``, or else the mode in force, is "fast"."""
+    return (_checked(math, MATHS, "math") or _state.math) == "fast"
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _generic_reason(spec: OpSpec, backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why ``backend`` cannot serve tensors of this dtype and device; None if it can."""
+    if backend == "reference":
+        return None
+    if dtype not in spec.dtypes:
+        return f"{dtype} is served by the reference alone"
+    if backend == "cpp":
+        if device.type != "cpu":
+            return f"tensors are on {device}, the C++ kernels run on the CPU"
+        return _native.missing()
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu" and not _interpreting():
+        return "tensors are on the CPU, where Triton runs only under TRITON_INTERPRET=1"
+    if device.type not in ("cpu", "cuda"):
+        return f"Triton does not run on {device}"
+    return None
+
+
+def reason_against(spec: OpSpec, backend: str, inputs: dict[str, Any], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why ``backend`` cannot serve this call; None if it can."""
+    reason = _generic_reason(spec, backend, dtype, device)
+    if reason is None and spec.supports is not None:
+        reason = spec.supports(backend, inputs)
+    return reason
+
+
+def choose(spec: OpSpec, backend: str | None, dtype: torch.dtype, device: torch.device, **inputs: Any) -> str:
+    """The backend that runs this call."""
+    wanted = backend or _state.backend
+    if wanted is not None:
+        _checked(wanted, BACKENDS, "backend")
+        reason = reason_against(spec, wanted, inputs, dtype, device)
+        if reason is not None:
+            raise ValueError(f"{spec.name}: backend {wanted!r} was asked for but cannot serve: {reason}")
+        return wanted
+    # under the interpreter Triton is for tests: never an automatic choice on CPU tensors
+    for candidate in ("cpp", "reference") if device.type == "cpu" else BACKENDS:
+        if reason_against(spec, candidate, inputs, dtype, device) is None:
+            return candidate
+    return "reference"
+
+
+def _tensor_of(inputs: dict[str, Any]) -> tuple[torch.dtype, torch.device]:
+    for value in inputs.values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.dtype, value.device
+    dtype, device = inputs.get("dtype") or torch.get_default_dtype(), inputs.get("device")
+    keys = [v for v in inputs.values() if isinstance(v, Tensor)]
+    return dtype, torch.device(device) if device is not None else keys[0].device if keys else torch.get_default_device()
+
+
+def explain(name: str, *args: Any, **kwargs: Any) -> str:
+    """What a call of op ``name`` with these arguments would run, and why not the others.
+
+    >>> print(fastgen.explain("reparameterize", torch.zeros(8, 4), torch.zeros(8, 4)))
+    reparameterize runs on cpp (avx512)
+      triton: tensors are on the CPU, where Triton runs only under TRITON_INTERPRET=1
+      cpp: can serve
+      reference: can serve
+    """
+    import inspect
+
+    spec = get_spec(name)
+    inputs = dict(inspect.signature(spec.function).bind(*args, **kwargs).arguments)
+    wanted = inputs.pop("backend", None)
+    dtype, device = _tensor_of(inputs)
+    chosen = choose(spec, wanted, dtype, device, **inputs)
+    isa = f" ({_native.current_isa()})" if chosen == "cpp" else ""
+    lines = [f"{name} runs on {chosen}{isa}"]
+    for backend in BACKENDS:
+        lines.append(f"  {backend}: {reason_against(spec, backend, inputs, dtype, device) or 'can serve'}")
+    return "\n".join(lines)
+
+
+def info() -> dict[str, Any]:
+    """What serves the ops in this process: backends, instruction sets, and why others are missing."""
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    triton = importlib.util.find_spec("triton")
+    return {
+        "backend": _state.backend or "automatic",
+        "math": _state.math,
+        "threads": torch.get_num_threads(),
+        "isa": _native.current_isa(),
+        "isas": _native.available_isas(),
+        "cpp": _native.missing() or "loaded",
+        "triton": importlib.import_module("importlib.metadata").version("triton") if triton else "not installed",
+        "device": str(device),
+        "ops": {
+            spec.name: {b: _generic_reason(spec, b, torch.float32, device) or "can serve" for b in BACKENDS}
+            for spec in all_specs().values()
+        },
+    }
+
+
+def triton_module(name: str) -> Any:
+    """The module with an op's Triton kernels: fastgen.kernels.NAME."""
+    return importlib.import_module(f"fastgen.kernels.{name}")
+
+
+_library = torch.library.Library("fastgen", "FRAGMENT")
+
+
+def raw_op(
+    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register a raw kernel with ``torch.library`` as ``torch.ops.fastgen.NAME`` and return what ops call.
+
+    In plain eager mode the implementation is called directly: the dispatcher costs more than a small kernel. Where
+    something traces (torch.compile, export, fake tensors) the registered op is called, so that it stands in the graph.
+    """
+    _library.define(f"{name}{schema}")
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
+    registered = getattr(torch.ops.fastgen, name).default
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+            return registered(*args)
+        return implementation(*args)
+
+    return call

@@ -1,0 +1,73 @@
+"""``OpSpec``: what contract tests, benchmarks, ``fastgen bench`` and ``explain`` know about an op."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["OpSpec", "all_specs", "get_spec"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpSpec:
+    """Everything about an op that is not its mathematics.
+
+    Attributes:
+        name: the stem: fastgen/ops/NAME.py, kernels/NAME.py, csrc/ops/NAME.h, tests/ops/test_NAME.py.
+        function: the public function; takes ``backend=`` besides the inputs.
+        reference: plain PyTorch with the same arguments; its own autograd is the truth for gradients.
+        outputs: name of each output -> precision class: "exact", "elementwise", "reduction" or "iterative".
+        gradients: names of the inputs that gradients flow to.
+        example_inputs: ``(rows, event, *, dtype, device, generator, **flags)`` -> keyword arguments of ``function``.
+        flags: values that the options of ``example_inputs`` may take; tests draw from them, the first is the default.
+        event_ranks: number of dimensions an event may have.
+        shapes: (rows, event) of the benchmark, from latency-bound to memory-bound.
+        bytes_moved: ``(inputs, mode)`` -> bytes a perfect kernel reads and writes; mode "fwd" or "fwdbwd".
+        dtypes: storage types of the fused backends.
+        supports: ``(backend, inputs)`` -> None, or a sentence that says why that backend cannot serve.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    outputs: Mapping[str, str]
+    gradients: tuple[str, ...]
+    example_inputs: Callable[..., dict[str, Any]]
+    shapes: tuple[tuple[int, tuple[int, ...]], ...]
+    bytes_moved: Callable[[dict[str, Any], str], int]
+    flags: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    event_ranks: tuple[int, ...] = (0, 1, 3)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    supports: Callable[[str, dict[str, Any]], str | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name in _specs:
+            raise ValueError(f"op {self.name!r} is defined twice")
+        _specs[self.name] = self
+
+    def outputs_of(self, result: Any) -> dict[str, Tensor]:
+        """The outputs of one call by name."""
+        values = (result,) if isinstance(result, Tensor) else tuple(result)
+        return dict(zip(self.outputs, values, strict=True))
+
+
+_specs: dict[str, OpSpec] = {}
+
+
+def all_specs() -> dict[str, OpSpec]:
+    """Every op by name."""
+    import fastgen.ops  # noqa: F401 - importing the package defines the specs
+
+    return dict(sorted(_specs.items()))
+
+
+def get_spec(name: str) -> OpSpec:
+    """The spec of one op; ``ValueError`` for an unknown name."""
+    specs = all_specs()
+    if name not in specs:
+        raise ValueError(f"unknown op {name!r}; known: {', '.join(specs)}")
+    return specs[name]

@@ -1,0 +1,96 @@
+"""Build of ``fastgen._C``: csrc/ compiled once per instruction set with ninja, no PyTorch headers.
+
+Everything else about the package stands in pyproject.toml. Without a working compiler the extension is skipped: the
+package installs all the same, the PyTorch reference serves, and ``fastgen info`` says so.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+CSRC = Path("csrc")
+COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Exact normals need every multiply and add rounded on its own; the other two let GCC vectorise without changing results.
+# -Wno-psabi: vectors wider than the baseline ABI never cross a translation unit.
+KERNEL_FLAGS = ["-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
+                "-Wno-maybe-uninitialized"]  # GCC 12 warns about its own AVX-512 headers
+ISA_FLAGS = {
+    "scalar": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
+    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "neon": [],
+}
+ISAS = {"x86_64": ["scalar", "avx2", "avx512"], "AMD64": ["scalar", "avx2", "avx512"], "aarch64": ["scalar", "neon"]}
+
+
+def compiler() -> list[str]:
+    """The C++ compiler: $CXX, else Python's own, else g++."""
+    return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++")
+
+
+def openmp_flags(build: Path) -> list[str]:
+    """-fopenmp where the compiler has it; a build without it runs on one thread."""
+    probe = build / "openmp.cpp"
+    probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+    command = [*compiler(), "-fopenmp", str(probe), "-o", str(build / "openmp")]
+    return ["-fopenmp"] if subprocess.run(command, capture_output=True, check=False).returncode == 0 else []
+
+
+class BuildWithNinja(build_ext):
+    """Writes one ninja file: the ISA units with their own flags, the bindings, the link."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "native"
+        build.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        isas = ISAS.get(platform.machine(), ["scalar"])
+        openmp = openmp_flags(build)
+        defines = [f"-DFASTGEN_HAS_{isa.upper()}" for isa in isas]
+        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        units = {
+            CSRC / "bindings.cpp": [*defines, *includes],
+            **{CSRC / f"isa_{isa}.cpp": [*KERNEL_FLAGS, *ISA_FLAGS[isa], *openmp] for isa in isas},
+        }
+        quote = " ".join
+        lines = [
+            f"cxx = {quote(compiler())}",
+            "rule compile",
+            f"  command = $cxx {quote(COMMON_FLAGS)} $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = $cxx -shared $in -o $out {quote(openmp)}",
+        ]
+        objects = []
+        for source, flags in units.items():
+            objects.append(str(build / f"{source.stem}.o"))
+            lines += [f"build {objects[-1]}: compile {source.resolve()}", f"  flags = {quote(flags)}"]
+        lines += [f"build {target}: link {quote(objects)}", ""]
+        (build / "build.ninja").write_text("\n".join(lines))
+        try:
+            subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"fastgen._C was not built, the PyTorch reference will serve: {error}") from error
+
+
+setup(
+    # kernels/ stands at the top of the repository and installs as fastgen.kernels; it is one flat package.
+    packages=[*find_packages(include=["fastgen", "fastgen.*"]), "fastgen.kernels"],
+    package_dir={"fastgen.kernels": "kernels"},
+    package_data={"fastgen": ["py.typed"]},
+    ext_modules=[Extension("fastgen._C", [str(CSRC / "bindings.cpp")], optional=True)],
+    cmdclass={"build_ext": BuildWithNinja},
+)
