@@ -22,8 +22,15 @@ CSRC = Path("csrc")
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Exact normals need every multiply and add rounded on its own; the other two let GCC vectorise without changing results.
 # -Wno-psabi: vectors wider than the baseline ABI never cross a translation unit.
-KERNEL_FLAGS = ["-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
-                "-Wno-maybe-uninitialized"]  # GCC 12 warns about its own AVX-512 headers
+KERNEL_FLAGS = [
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]  # GCC 12 warns about its own AVX-512 headers
 ISA_FLAGS = {
     "scalar": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],

@@ -176,6 +176,7 @@ struct alignas(64) TileNoise {
 // The noise of one tile, rows back to back.
 template <class Kind, class Math>
 inline void draw_tile(const Keys& keys, const Tile& tile, float* out) {
+  if (tile.count == 0) return;  // there may be no key at all: an empty tensor has no address
   if (tile.count % (4 * LANES) == 0 || tile.rows == 1) {
     for (int64_t r = 0; r < tile.rows; ++r)
       draw_row<Kind, Math>(keys, tile.row + r, tile.begin, tile.count, out + r * tile.count);

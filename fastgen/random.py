@@ -86,8 +86,9 @@ def key(
     """
     _check_words(stream, step, sample)
     if isinstance(seed, Sequence):
-        return torch.tensor([[_as_int64(s), int(stream), step, sample] for s in seed], device=device).reshape(-1, 4)
-    return torch.tensor([_as_int64(seed), int(stream), step, sample], device=device)
+        rows = [[_as_int64(s), int(stream), step, sample] for s in seed]
+        return torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 4)
+    return torch.tensor([_as_int64(seed), int(stream), step, sample], dtype=torch.int64, device=device)
 
 
 def at(key: Tensor, *, stream: int | None = None, step: int | None = None, sample: int | None = None) -> Tensor:

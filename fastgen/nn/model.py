@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -88,5 +88,5 @@ class Model(nn.Module):
     def loss(self, batch: Batch, *, key: Tensor | None = None) -> tuple[Tensor, ...]:
         raise NotImplementedError(f"{type(self).__name__} has no loss of its own: train it through phases()")
 
-    def sample(self, n: int, *, key: Tensor | None = None, **options: Any) -> Tensor:
+    def sample(self, n: int, *, key: Tensor | None = None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} cannot be sampled")

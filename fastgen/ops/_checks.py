@@ -22,10 +22,14 @@ def common(**tensors: Tensor) -> list[Tensor]:
     """
     values = list(tensors.values())
     first = values[0]
-    if all(
-        type(v) is Tensor and v.dtype is first.dtype and v.shape == first.shape and v.device == first.device for v in values
-    ) and first.is_floating_point() and first.dim():
-        return values
+    if type(first) is Tensor:  # the usual case at the least cost: nothing to change
+        dtype, shape, device = first.dtype, first.shape, first.get_device()
+        for v in values:
+            if type(v) is not Tensor or v.dtype is not dtype or v.shape != shape or v.get_device() != device:
+                break
+        else:
+            if dtype.is_floating_point and shape:
+                return values
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -46,7 +50,7 @@ def common(**tensors: Tensor) -> list[Tensor]:
     return [value.to(dtype) for value in values]
 
 
-def prepare_key(key: Tensor | None, samples: int, device: torch.device) -> Tensor:
+def prepare_key(key: Tensor | None, samples: int, device: torch.device | None) -> Tensor:
     """A contiguous key on ``device`` for ``samples`` samples; None draws a fresh one.
 
     Raises:
@@ -61,7 +65,7 @@ def prepare_key(key: Tensor | None, samples: int, device: torch.device) -> Tenso
     shape = key.shape
     if shape != (4,) and shape != (samples, 4):
         raise ValueError(f"key must have shape [4] or [{samples}, 4], got {list(shape)}")
-    if key.device != device:
+    if device is not None and key.device != device:
         raise ValueError(f"key is on {key.device}, expected {device}")
     return key.contiguous()
 
@@ -86,15 +90,16 @@ def sample_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return size
 
 
-def device_of(key: Tensor | None, device: torch.device | str | None) -> torch.device:
-    """The device of a draw: the key's, or else ``device``, or else PyTorch's default."""
+def device_of(key: Tensor | None, device: torch.device | str | None) -> torch.device | None:
+    """The device of a draw: the key's, or else ``device``; None is PyTorch's default."""
     if isinstance(key, Tensor):
         if device is not None and torch.device(device).type != key.device.type:
             raise ValueError(f"key is on {key.device}, device says {device}")
         return key.device
-    return torch.device(device) if device is not None else torch.get_default_device()
+    return torch.device(device) if device is not None else None
 
 
-def as_rows(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
-    """(samples, elements of one sample) of a shape whose first dimension counts samples."""
-    return shape[0], math.prod(shape[1:])
+def as_rows(x: Tensor) -> tuple[int, int]:
+    """(samples, elements of one sample) of a tensor whose first dimension counts samples."""
+    rows = x.shape[0]
+    return rows, x.numel() // rows if rows else math.prod(x.shape[1:])

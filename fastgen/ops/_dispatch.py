@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,18 @@ from torch import Tensor
 from fastgen.ops import _native
 from fastgen.ops._spec import OpSpec, all_specs, get_spec
 
-__all__ = ["BACKENDS", "choose", "explain", "info", "is_fast", "raw_op", "reason_against", "triton_module", "use_backend", "use_math"]
+__all__ = [
+    "BACKENDS",
+    "choose",
+    "explain",
+    "info",
+    "is_fast",
+    "raw_op",
+    "reason_against",
+    "triton_module",
+    "use_backend",
+    "use_math",
+]
 
 BACKENDS = ("triton", "cpp", "reference")
 """Fastest first."""
@@ -69,7 +81,7 @@ def use_math(math: str) -> Iterator[None]:
 
 def is_fast(math: str | None) -> bool:
     """Whether ``math=``, or else the mode in force, is "fast"."""
-    return (_checked(math, MATHS, "math") or _state.math) == "fast"
+    return (_state.math if math is None else _checked(math, MATHS, "math")) == "fast"
 
 
 def _interpreting() -> bool:
@@ -103,9 +115,23 @@ def reason_against(spec: OpSpec, backend: str, inputs: dict[str, Any], dtype: to
     return reason
 
 
-def choose(spec: OpSpec, backend: str | None, dtype: torch.dtype, device: torch.device, **inputs: Any) -> str:
-    """The backend that runs this call."""
+def choose(
+    spec: OpSpec, backend: str | None, like: Tensor, dtype: torch.dtype | None = None, inputs: dict[str, Any] | None = None
+) -> str:
+    """The backend that runs this call.
+
+    Args:
+        spec: the op.
+        backend: what the caller asked for, or None.
+        like: a tensor on the device of the call.
+        dtype: the storage type, where it is not that of ``like``.
+        inputs: for ops whose SPEC has ``supports``.
+    """
     wanted = backend or _state.backend
+    dtype = dtype or like.dtype
+    if wanted is None and like.is_cpu and dtype in spec.dtypes and spec.supports is None and _native.ready():
+        return "cpp"
+    device, inputs = like.device, inputs or {}
     if wanted is not None:
         _checked(wanted, BACKENDS, "backend")
         reason = reason_against(spec, wanted, inputs, dtype, device)
@@ -113,19 +139,20 @@ def choose(spec: OpSpec, backend: str | None, dtype: torch.dtype, device: torch.
             raise ValueError(f"{spec.name}: backend {wanted!r} was asked for but cannot serve: {reason}")
         return wanted
     # under the interpreter Triton is for tests: never an automatic choice on CPU tensors
-    for candidate in ("cpp", "reference") if device.type == "cpu" else BACKENDS:
+    for candidate in ("cpp", "reference") if like.is_cpu else BACKENDS:
         if reason_against(spec, candidate, inputs, dtype, device) is None:
             return candidate
     return "reference"
 
 
-def _tensor_of(inputs: dict[str, Any]) -> tuple[torch.dtype, torch.device]:
-    for value in inputs.values():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.dtype, value.device
-    dtype, device = inputs.get("dtype") or torch.get_default_dtype(), inputs.get("device")
-    keys = [v for v in inputs.values() if isinstance(v, Tensor)]
-    return dtype, torch.device(device) if device is not None else keys[0].device if keys else torch.get_default_device()
+def _like(inputs: dict[str, Any]) -> Tensor:
+    """An empty tensor with the dtype and the device that a call with these arguments has."""
+    tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
+    for value in tensors:
+        if value.is_floating_point():
+            return value.new_empty(0)
+    device = tensors[0].device if tensors else inputs.get("device")
+    return torch.empty(0, dtype=inputs.get("dtype") or torch.get_default_dtype(), device=device)
 
 
 def explain(name: str, *args: Any, **kwargs: Any) -> str:
@@ -137,17 +164,15 @@ def explain(name: str, *args: Any, **kwargs: Any) -> str:
       cpp: can serve
       reference: can serve
     """
-    import inspect
-
     spec = get_spec(name)
     inputs = dict(inspect.signature(spec.function).bind(*args, **kwargs).arguments)
     wanted = inputs.pop("backend", None)
-    dtype, device = _tensor_of(inputs)
-    chosen = choose(spec, wanted, dtype, device, **inputs)
+    like = _like(inputs)
+    chosen = choose(spec, wanted, like, inputs=inputs)
     isa = f" ({_native.current_isa()})" if chosen == "cpp" else ""
     lines = [f"{name} runs on {chosen}{isa}"]
-    for backend in BACKENDS:
-        lines.append(f"  {backend}: {reason_against(spec, backend, inputs, dtype, device) or 'can serve'}")
+    reasons = {backend: reason_against(spec, backend, inputs, like.dtype, like.device) for backend in BACKENDS}
+    lines += [f"  {backend}: {reason or 'can serve'}" for backend, reason in reasons.items()]
     return "\n".join(lines)
 
 
@@ -179,9 +204,7 @@ def triton_module(name: str) -> Any:
 _library = torch.library.Library("fastgen", "FRAGMENT")
 
 
-def raw_op(
-    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+def raw_op(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register a raw kernel with ``torch.library`` as ``torch.ops.fastgen.NAME`` and return what ops call.
 
     In plain eager mode the implementation is called directly: the dispatcher costs more than a small kernel. Where

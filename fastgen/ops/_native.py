@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "available_isas", "current_isa", "kernel", "missing", "use_isa"]
+__all__ = ["DTYPES", "available_isas", "current_isa", "kernel", "missing", "ready", "use_isa"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Storage types of the kernels and their codes in ``csrc/simd.h``."""
@@ -52,6 +52,11 @@ def missing() -> str | None:
     if _tables is None:
         _load()
     return _missing
+
+
+def ready() -> bool:
+    """Whether there are CPU kernels to call; the cheap form of ``missing() is None``."""
+    return bool(_table) or missing() is None
 
 
 def available_isas() -> list[str]:

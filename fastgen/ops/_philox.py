@@ -97,7 +97,7 @@ def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _shaped(quartets: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     samples, elements = shape[0], math.prod(shape[1:])
-    return torch.stack(quartets, -1).reshape(samples, -1)[:, :elements].reshape(shape)
+    return torch.stack(quartets, -1).reshape(samples, 4 * quartets[0].shape[1])[:, :elements].reshape(shape)
 
 
 def normals(shape: tuple[int, ...], key: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ class OpSpec:
         shapes: (rows, event) of the benchmark, from latency-bound to memory-bound.
         bytes_moved: ``(inputs, mode)`` -> bytes a perfect kernel reads and writes; mode "fwd" or "fwdbwd".
         dtypes: storage types of the fused backends.
+        gradient_precision: precision class of the gradients.
+        samplewise: row i of the outputs depends on row i of the inputs alone.
         supports: ``(backend, inputs)`` -> None, or a sentence that says why that backend cannot serve.
     """
 
@@ -42,6 +44,8 @@ class OpSpec:
     flags: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     event_ranks: tuple[int, ...] = (0, 1, 3)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    gradient_precision: str = "elementwise"
+    samplewise: bool = True
     supports: Callable[[str, dict[str, Any]], str | None] | None = None
 
     def __post_init__(self) -> None:

@@ -28,17 +28,14 @@ __all__ = ["normal", "normal_reference"]
 def normal_reference(shape: Sequence[int], key: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
     """:func:`normal` in plain PyTorch."""
     size = _checks.sample_shape(shape)
-    device = key.device if key is not None else torch.get_default_device()
-    return normals(size, _checks.prepare_key(key, size[0], device)).to(dtype or torch.get_default_dtype())
+    return normals(size, _checks.prepare_key(key, size[0], None)).to(dtype or torch.get_default_dtype())
 
 
 def _run(shape: Sequence[int], key: Tensor, dtype: torch.dtype, fast: bool, backend: str) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=key.device)
-    rows, event = _checks.as_rows(shape)
+    rows, event = _checks.as_rows(out)
     if backend == "cpp":
-        _native.kernel("normal")(
-            _native.DTYPES[dtype], out, rows, event, key, key.numel() // 4, fast, torch.get_num_threads()
-        )
+        _native.kernel("normal")(_native.DTYPES[dtype], out, rows, event, key, key.numel() // 4, fast, torch.get_num_threads())
     else:
         _dispatch.triton_module("normal").normal(out, rows, event, key, fast)
     return out
@@ -88,7 +85,7 @@ def normal(
     size = _checks.sample_shape(shape)
     dtype = dtype or torch.get_default_dtype()
     key = _checks.prepare_key(key, size[0], _checks.device_of(key, device))
-    chosen = _dispatch.choose(SPEC, backend, dtype, key.device)
+    chosen = _dispatch.choose(SPEC, backend, key, dtype)
     fast = _dispatch.is_fast(math)
     out = normals(size, key).to(dtype) if chosen == "reference" else _normal(size, key, dtype, fast, chosen)
     return out if memory_format is torch.contiguous_format else out.contiguous(memory_format=memory_format)

@@ -55,18 +55,16 @@ def reparameterize_reference(
 def _forward(
     mean: Tensor, log_var: Tensor, key: Tensor | None, noise: Tensor | None, keep: bool, fast: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    z, kl = torch.empty_like(mean), torch.empty(mean.shape[0], dtype=torch.float32, device=mean.device)
+    z, kl = torch.empty_like(mean), mean.new_empty(mean.shape[0], dtype=torch.float32)
     kept = torch.empty_like(mean, dtype=torch.float32) if keep else None
-    rows, event = _checks.as_rows(mean.shape)
+    rows, event = _checks.as_rows(mean)
     if backend == "cpp":
         _native.kernel("reparameterize_fwd")(
             _native.DTYPES[mean.dtype], rows, event, mean, log_var, key, key.numel() // 4 if key is not None else 0, noise,
             z, kl, kept, fast, torch.get_num_threads(),
         )  # fmt: skip
     else:
-        _dispatch.triton_module("reparameterize").reparameterize_fwd(
-            rows, event, mean, log_var, key, noise, z, kl, kept, fast
-        )
+        _dispatch.triton_module("reparameterize").reparameterize_fwd(rows, event, mean, log_var, key, noise, z, kl, kept, fast)
     return z, kl, kept
 
 
@@ -81,7 +79,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     grad_mean, grad_log_var = torch.empty_like(mean), torch.empty_like(mean)
-    rows, event = _checks.as_rows(mean.shape)
+    rows, event = _checks.as_rows(mean)
     if backend == "cpp":
         _native.kernel("reparameterize_bwd")(
             _native.DTYPES[mean.dtype], rows, event, mean, log_var, key, key.numel() // 4 if key is not None else 0, noise,
@@ -125,7 +123,14 @@ class _Reparameterize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mean: Tensor, log_var: Tensor, key: Tensor | None, noise: Tensor | None, keep: bool, fast: bool, backend: str
+        ctx: Any,
+        mean: Tensor,
+        log_var: Tensor,
+        key: Tensor | None,
+        noise: Tensor | None,
+        keep: bool,
+        fast: bool,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         if keep and noise is None:
             z, kl, noise = _sample_keeping_noise(mean, log_var, key, noise, fast, backend)
@@ -185,7 +190,7 @@ def reparameterize(
         raise ValueError("give key or noise, not both")
     else:
         noise = _checks.noise_like(noise, mean)
-    chosen = _dispatch.choose(SPEC, backend, mean.dtype, mean.device)
+    chosen = _dispatch.choose(SPEC, backend, mean)
     if chosen == "reference":
         return reparameterize_reference(mean, log_var, key, noise=noise)
     mean, log_var, fast = mean.contiguous(), log_var.contiguous(), _dispatch.is_fast(math)

@@ -27,13 +27,12 @@ __all__ = ["uniform", "uniform_reference"]
 def uniform_reference(shape: Sequence[int], key: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
     """:func:`uniform` in plain PyTorch."""
     size = _checks.sample_shape(shape)
-    device = key.device if key is not None else torch.get_default_device()
-    return uniforms(size, _checks.prepare_key(key, size[0], device)).to(dtype or torch.get_default_dtype())
+    return uniforms(size, _checks.prepare_key(key, size[0], None)).to(dtype or torch.get_default_dtype())
 
 
 def _run(shape: Sequence[int], key: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=key.device)
-    rows, event = _checks.as_rows(shape)
+    rows, event = _checks.as_rows(out)
     if backend == "cpp":
         _native.kernel("uniform")(_native.DTYPES[dtype], out, rows, event, key, key.numel() // 4, torch.get_num_threads())
     else:
@@ -45,9 +44,7 @@ def _fake(shape: Sequence[int], key: Tensor, dtype: torch.dtype, backend: str) -
     return key.new_empty(shape, dtype=dtype)
 
 
-_uniform = _dispatch.raw_op(
-    "uniform", "(SymInt[] shape, Tensor key, ScalarType dtype, str backend) -> Tensor", _run, _fake
-)
+_uniform = _dispatch.raw_op("uniform", "(SymInt[] shape, Tensor key, ScalarType dtype, str backend) -> Tensor", _run, _fake)
 
 
 def uniform(
@@ -69,7 +66,7 @@ def uniform(
     size = _checks.sample_shape(shape)
     dtype = dtype or torch.get_default_dtype()
     key = _checks.prepare_key(key, size[0], _checks.device_of(key, device))
-    chosen = _dispatch.choose(SPEC, backend, dtype, key.device)
+    chosen = _dispatch.choose(SPEC, backend, key, dtype)
     out = uniforms(size, key).to(dtype) if chosen == "reference" else _uniform(size, key, dtype, chosen)
     return out if memory_format is torch.contiguous_format else out.contiguous(memory_format=memory_format)
 

@@ -1,0 +1,1 @@
+"""Autoencoders: one published idea per file."""

@@ -1,0 +1,26 @@
+"""normal in Triton: one program draws one tile."""
+
+import triton
+import triton.language as tl
+from fastgen.kernels._launch import key_stride, narrow, options, tile
+from fastgen.kernels._philox import normal_tile
+
+
+@triton.jit
+def normal_kernel(
+    p_out, p_key, rows, event, KEY_STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr
+):
+    blocks = tl.cdiv(event, BLOCK)
+    i_block = tl.program_id(0) % blocks
+    i_sample = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    o_event = i_block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    z = normal_tile(p_key, KEY_STRIDE, i_sample, i_sample < rows, i_block, ROWS, BLOCK, FAST)
+    tl.store(p_out + i_sample * event + o_event, narrow(z, p_out), mask=(i_sample < rows) & (o_event < event))
+
+
+def normal(out, rows, event, key, fast):
+    if not out.numel():
+        return
+    ROWS, BLOCK = tile(rows, event)
+    grid = (triton.cdiv(rows, ROWS) * triton.cdiv(event, BLOCK),)
+    normal_kernel[grid](out, key, rows, event, KEY_STRIDE=key_stride(key), ROWS=ROWS, BLOCK=BLOCK, FAST=fast, **options(fast))

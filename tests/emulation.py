@@ -1,0 +1,98 @@
+"""Kernels that run in another process: NEON under qemu-user on x86-64, and any instruction set under sanitizers.
+
+The tables made here look like those of ``fastgen._C``, so that the contract test runs through them unchanged.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = {"neon": [], "scalar": [], "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"], "avx512": ["-march=x86-64-v4"]}
+COMMON = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+
+
+class Remote:
+    """A harness process and the kernels it offers."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def table(self) -> dict[str, Any]:
+        from fastgen import _C
+
+        return {name: functools.partial(self.call, name, signature) for name, signature in _C.signatures().items()}
+
+    def call(self, name: str, signature: str, *args: Any) -> None:
+        assert len(args) == len(signature), (name, signature, args)
+        request, buffers = [struct.pack("<q", len(name)), name.encode()], []
+        for letter, value in zip(signature, args, strict=True):
+            if letter == "r":
+                request.append(struct.pack("<d", value))
+            elif letter == "i":
+                request.append(struct.pack("<q", value))
+            elif value is None:
+                request.append(struct.pack("<q", -1))
+            else:
+                buffers.append(value)
+                request += [struct.pack("<q", value.nbytes), ctypes.string_at(value.data_ptr(), value.nbytes)]
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        try:
+            stdin.write(b"".join(request))
+            stdin.flush()
+        except BrokenPipeError:
+            self.fail(name)
+        for tensor in buffers:
+            data = stdout.read(tensor.nbytes)
+            if len(data) != tensor.nbytes:
+                self.fail(name)
+            ctypes.memmove(tensor.data_ptr(), data, tensor.nbytes)
+
+    def fail(self, name: str) -> None:
+        errors = self.process.stderr.read().decode() if self.process.stderr else ""
+        raise RuntimeError(f"the harness died in {name}, exit {self.process.wait()}:\n{errors[-4000:]}")
+
+
+def build(isa: str, compiler: str, flags: list[str], folder: Path) -> Path:
+    """Compile the harness and one instruction set's kernels."""
+    target = folder / f"harness_{isa}_{Path(compiler).name}"
+    sources = [str(ROOT / "tests/native/harness.cpp"), str(ROOT / f"csrc/isa_{isa}.cpp")]
+    command = [compiler, *COMMON, *FLAGS[isa], *flags, f"-DHARNESS_ISA={isa}", *sources, "-o", str(target)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return target
+
+
+def neon_reason() -> str | None:
+    """Why NEON cannot be emulated here; None if it can."""
+    if platform.machine() != "x86_64":
+        return "only emulated on x86-64"
+    missing = [tool for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64") if not shutil.which(tool)]
+    return f"{' and '.join(missing)} not installed (Debian: g++-aarch64-linux-gnu, qemu-user)" if missing else None
+
+
+@functools.cache
+def neon(folder: Path) -> Remote:
+    """The NEON kernels under qemu-user."""
+    return Remote(["qemu-aarch64", str(build("neon", "aarch64-linux-gnu-g++", ["-O2", "-static"], folder))])
+
+
+@functools.cache
+def sanitized(isa: str, folder: Path) -> Remote:
+    """One instruction set's kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
+    return Remote([str(build(isa, "g++", flags, folder))])
+
+
+if __name__ == "__main__":
+    sys.exit(neon_reason() or (importlib.util.find_spec("fastgen._C") is None and "fastgen._C is not built") or 0)
