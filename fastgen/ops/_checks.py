@@ -23,9 +23,11 @@ def common(**tensors: Tensor) -> list[Tensor]:
     values = list(tensors.values())
     first = values[0]
     if type(first) is Tensor:  # the usual case at the least cost: nothing to change
-        dtype, shape, device = first.dtype, first.shape, first.get_device()
+        dtype, shape, cpu, index = first.dtype, first.shape, first.is_cpu, first.get_device()
         for v in values:
-            if type(v) is not Tensor or v.dtype is not dtype or v.shape != shape or v.get_device() != device:
+            if type(v) is not Tensor or v.dtype is not dtype or v.shape != shape:
+                break
+            if v.is_cpu is not cpu or v.get_device() != index:
                 break
         else:
             if dtype.is_floating_point and shape:
