@@ -69,18 +69,29 @@ INLINE void store(T* p, V value) {
 
 // ---- shims --------------------------------------------------------------------------------------------------------
 
-INLINE void mul_wide(vu a, uint32_t b, vu& high, vu& low) {  // a * b as 64 bits
+#if defined(__AVX2__)
+// 64-bit lanes of which only the low words count: the machine multiplies them as they stand, and whatever products leave in
+// the high words is ignored by the next multiplication.
+using vd = uint64_t __attribute__((vector_size(4 * LANES)));
+INLINE vd multiply_low(vd a, uint32_t b) {  // low words times b, as 64 bits
 #if defined(__AVX512F__)
-  const __m512i va = (__m512i)a, vb = _mm512_set1_epi32((int)b);
-  const __m512i even = _mm512_mul_epu32(va, vb), odd = _mm512_mul_epu32(_mm512_srli_epi64(va, 32), vb);
-  high = (vu)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  low = (vu)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
-#elif defined(__AVX2__)
-  const __m256i va = (__m256i)a, vb = _mm256_set1_epi32((int)b);
-  const __m256i even = _mm256_mul_epu32(va, vb), odd = _mm256_mul_epu32(_mm256_srli_epi64(va, 32), vb);
-  high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  low = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-#elif defined(FASTGEN_NEON)
+  return (vd)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#else
+  return (vd)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#endif
+}
+INLINE vd low_words(vu a) { return bits<vd>(a); }
+INLINE vd high_words(vu a) { return bits<vd>(a) >> 32; }
+INLINE vu join_words(vd low, vd high) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_mask_blend_epi32(0xAAAA, (__m512i)low, (__m512i)(high << 32));
+#else
+  return (vu)_mm256_blend_epi32((__m256i)low, (__m256i)(high << 32), 0xAA);
+#endif
+}
+#else
+INLINE void multiply_wide(vu a, uint32_t b, vu& high, vu& low) {  // a * b as 64 bits
+#if defined(FASTGEN_NEON)
   const uint32x4_t va = (uint32x4_t)a;
   const uint64x2_t first = vmull_n_u32(vget_low_u32(va), b), second = vmull_n_u32(vget_high_u32(va), b);
   low = (vu)vuzp1q_u32(vreinterpretq_u32_u64(first), vreinterpretq_u32_u64(second));
@@ -91,6 +102,7 @@ INLINE void mul_wide(vu a, uint32_t b, vu& high, vu& low) {  // a * b as 64 bits
   low = (uint32_t)product;
 #endif
 }
+#endif
 
 INLINE vf to_float(vu a) {  // rounded once, to nearest even
 #if defined(__AVX512F__)
@@ -151,6 +163,17 @@ INLINE vf multiply_add(vf a, vf b, vf c) {
 #endif
 }
 INLINE vf fma(vf a, vf b, vf c) { return multiply_add<false>(a, b, c); }
+
+INLINE vf sqrt_fast(vf a) {  // of a >= 0: to 2 ulp where the machine has a fast estimate
+#if defined(__AVX512F__)
+  // one Newton step on the 14-bit estimate of 1 / sqrt(a); the mask keeps 0 * infinity out
+  const vf y = (vf)_mm512_maskz_rsqrt14_ps(_mm512_cmp_ps_mask((__m512)a, _mm512_setzero_ps(), _CMP_GT_OQ), (__m512)a);
+  const vf root = a * y;
+  return fma(fma(root * -0.5f, y, splat(0.5f)), root, root);
+#else
+  return sqrt(a);
+#endif
+}
 
 INLINE float sum(vf a) {  // in a fixed order: pairwise over the lanes
 #ifdef FASTGEN_ONE_LANE
