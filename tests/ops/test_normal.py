@@ -98,12 +98,14 @@ def test_extreme_words():
     assert max(x.abs().max(), y.abs().max()).item() == pytest.approx(math.sqrt(66 * math.log(2)), rel=1e-6)
 
 
+@pytest.fixture(scope="module", params=["exact", "fast"])
+def draws(request):
+    """2^22 normals."""
+    return ops.normal(DRAWS, random.key(2024), math=request.param).double()
+
+
 class TestStatistics:
     """On 2^22 draws or more; fixed keys, so that a failure is a defect and not bad luck."""
-
-    @pytest.fixture(scope="class", params=["exact", "fast"])
-    def draws(self, request):
-        return ops.normal(DRAWS, random.key(2024), math=request.param).double()
 
     def test_kolmogorov_smirnov(self, draws):
         z = np.sort(draws.flatten().numpy())
