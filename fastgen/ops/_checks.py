@@ -14,6 +14,7 @@ __all__ = [
     "as_rows",
     "coefficient_rows",
     "common",
+    "constant",
     "dense",
     "device_of",
     "is_channels_last",
@@ -90,8 +91,15 @@ def noise_like(noise: Tensor, like: Tensor, name: str = "noise", *, channels_las
         raise ValueError(
             f"{name} must have shape {tuple(like.shape)} on {like.device}, got {tuple(noise.shape)} on {noise.device}"
         )
+    return dense(constant(noise, like), channels_last)
+
+
+def constant(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in float32, or float64 if ``like`` is, cut off from autograd; itself where it is so already."""
     dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-    return dense(noise.detach().to(dtype), channels_last)
+    if x.dtype is not dtype:
+        x = x.to(dtype)
+    return x.detach() if x.requires_grad else x
 
 
 def coefficient_rows(coefficients: Tensor, columns: int, like: Tensor, name: str = "coefficients") -> Tensor:
@@ -112,8 +120,7 @@ def coefficient_rows(coefficients: Tensor, columns: int, like: Tensor, name: str
         raise ValueError(f"{name} must have shape [{columns}] or [{samples}, {columns}], got {list(shape)}")
     if coefficients.device != like.device:
         raise ValueError(f"{name} is on {coefficients.device}, expected {like.device}")
-    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-    return coefficients.detach().to(dtype).contiguous()
+    return constant(coefficients, like).contiguous()
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -11,8 +11,8 @@ the pass that sums the loss leaves f'(e), up to a factor per sample, for the bac
 
     d model_out = dloss * weight * f'(e) / E,    d x0 = -c * d model_out      for E elements of an event
 
-min-SNR, P2, EDM and any other weighting is a vector of weights. An event of no elements has the mean NaN, as in PyTorch. Where a
-sample, its row or its weight holds a NaN, that sample's loss is NaN and no other's.
+min-SNR, P2, EDM and any other weighting is a vector of weights. An event of no elements has the mean NaN, as in PyTorch. Where
+a sample, its row or its weight holds a NaN, that sample's loss is NaN and no other's.
 
 Sources: Ho et al. (2020), "Denoising diffusion probabilistic models", eq. 14; Hang et al. (2023), "Efficient diffusion training
 via min-SNR weighting strategy", section 3.4; Huber (1964), "Robust estimation of a location parameter".
@@ -56,12 +56,11 @@ def _weights(weight: Tensor | float | None, like: Tensor) -> tuple[Tensor | None
         return None, float(weight)
     if not weight.is_floating_point():
         raise TypeError(f"weight must be a number or a floating-point tensor, got {weight.dtype}")
-    if weight.dim() and weight.shape != like.shape[:1]:
+    if weight.dim() and weight.shape != (like.shape[0],):
         raise ValueError(f"weight must be a number or have shape [{like.shape[0]}], got {list(weight.shape)}")
     if weight.device != like.device:
         raise ValueError(f"weight is on {weight.device}, expected {like.device}")
-    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-    return weight.detach().to(dtype).contiguous(), 1.0
+    return _checks.constant(weight, like).contiguous(), 1.0
 
 
 def diffusion_loss_reference(
@@ -100,9 +99,9 @@ def _forward(
     factor: float,
     huber: bool,
     delta: float,
-    keep: bool,
     fast: bool,
     backend: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     loss = model_out.new_empty(model_out.shape[0], dtype=torch.float32)
     slope = torch.empty_like(model_out, dtype=torch.float32) if keep else None
@@ -157,14 +156,17 @@ _ARGUMENTS = (
 _loss = _dispatch.raw_op(
     "diffusion_loss",
     f"({_ARGUMENTS}) -> Tensor",
-    lambda *args: _forward(*args[:9], False, *args[9:])[0],
+    lambda *args: _forward(*args, keep=False)[0],
     lambda model_out, *_: model_out.new_empty(model_out.shape[0], dtype=torch.float32),
 )
 _loss_keeping_slope = _dispatch.raw_op(
     "diffusion_loss_fwd",
     f"({_ARGUMENTS}) -> (Tensor, Tensor)",
-    lambda *args: _forward(*args[:9], True, *args[9:]),
-    lambda model_out, *_: (model_out.new_empty(model_out.shape[0], dtype=torch.float32), torch.empty_like(model_out, dtype=torch.float32)),
+    lambda *args: _forward(*args, keep=True),
+    lambda model_out, *_: (
+        model_out.new_empty(model_out.shape[0], dtype=torch.float32),
+        torch.empty_like(model_out, dtype=torch.float32),
+    ),
 )
 _differentiate = _dispatch.raw_op(
     "diffusion_loss_bwd",
@@ -196,9 +198,7 @@ class _DiffusionLoss(torch.autograd.Function):
         fast: bool,
         backend: str,
     ) -> Tensor:
-        loss, slope = _loss_keeping_slope(
-            model_out, x0, coefficients, key, noise, weight, factor, huber, delta, fast, backend
-        )
+        loss, slope = _loss_keeping_slope(model_out, x0, coefficients, key, noise, weight, factor, huber, delta, fast, backend)
         ctx.save_for_backward(slope, coefficients, weight)
         ctx.factor, ctx.huber, ctx.with_x0, ctx.dtype, ctx.backend = factor, huber, with_x0, model_out.dtype, backend
         return loss
@@ -272,9 +272,7 @@ def diffusion_loss(
     huber, fast = kind == "huber", _dispatch.is_fast(math)
     if torch.is_grad_enabled() and (model_out.requires_grad or x0.requires_grad):
         with_x0 = x0.requires_grad
-        return _DiffusionLoss.apply(
-            model_out, x0, rows, key, noise, weights, factor, huber, delta, with_x0, fast, chosen
-        )
+        return _DiffusionLoss.apply(model_out, x0, rows, key, noise, weights, factor, huber, delta, with_x0, fast, chosen)
     return _loss(model_out, x0, rows, key, noise, weights, factor, huber, delta, fast, chosen)
 
 
