@@ -2,13 +2,16 @@
 
 from fastgen.ops._dispatch import explain, info, use_backend, use_math
 from fastgen.ops._spec import OpSpec, all_specs, get_spec
+from fastgen.ops.affine_coupling import Coupled, affine_coupling
 from fastgen.ops.normal import normal
 from fastgen.ops.reparameterize import Reparameterized, reparameterize
 from fastgen.ops.uniform import uniform
 
 __all__ = [
+    "Coupled",
     "OpSpec",
     "Reparameterized",
+    "affine_coupling",
     "all_specs",
     "explain",
     "get_spec",
