@@ -12,44 +12,36 @@ INLINE vf copy_sign(vf magnitude, vf sign) {
   return bits<vf>((bits<vu>(magnitude) & 0x7FFFFFFFu) | (bits<vu>(sign) & 0x80000000u));
 }
 
-// x = n ln 2 + r with |r| <= ln(2) / 2 (Cody and Waite), for |x| < 1e4; k is n as an integer.
-INLINE vf reduce(vf x, vi& k) {
+// x = n ln 2 + r with whole n and |r| <= ln(2) / 2 (Cody and Waite), for |x| < 1e4.
+INLINE vf reduce(vf x, vf& n) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf shifted = fma(x, splat(1.44269504f), magic);
-  const vf n = shifted - magic;
-  k = bits<vi>(shifted) - bits<vi>(magic);
+  n = fma(x, splat(1.44269504f), magic) - magic;
   return fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), x));
 }
 
 // e^x: 0 below -104, infinite above 89. Error < 1.1 ulp.
 INLINE vf exp(vf x) {
-  x = x > 89.0f ? splat(89.0f) : x;
-  x = x < -104.0f ? splat(-104.0f) : x;
-  vi k;
-  const vf r = reduce(x, k);
+  vf n;
+  const vf r = reduce(at_least(at_most(x, 89.0f), -104.0f), n);
   vf p = fma(splat(1.38183543e-3f), r, splat(8.36854056e-3f));
   p = fma(p, r, splat(4.16682921e-2f));
   p = fma(p, r, splat(0.166665226f));
   p = fma(p, r, splat(0.49999994f));
   p = fma(p, r, splat(1.0f));
   p = fma(p, r, splat(1.0f));
-  // 2^n in two factors, for results that are subnormal or overflow
-  const vi half = k >> 1;
-  return p * bits<vf>(bits<vu>(half + 127) << 23) * bits<vf>(bits<vu>(k - half + 127) << 23);
+  return times_power_of_2(p, n);
 }
 
 // e^x - 1 without cancellation. Error < 1.6 ulp.
 INLINE vf expm1(vf x) {
-  x = x > 89.0f ? splat(89.0f) : x;
-  const vf bounded = x < -26.0f ? splat(-26.0f) : x;  // -1 from there on
-  vi k;
-  const vf r = reduce(bounded, k);
+  vf n;
+  const vf r = reduce(at_least(at_most(x, 89.0f), -26.0f), n);  // -1 from -26 on
   vf p = fma(splat(1.38706574e-3f), r, splat(8.36626161e-3f));
   p = fma(p, r, splat(4.16674353e-2f));
   p = fma(p, r, splat(0.166665465f));
   p = fma(p, r, splat(0.49999997f));
   p = fma(p, r * r, r);
-  const vf half_scale = bits<vf>(bits<vu>(k + 126) << 23);  // 2^(n - 1), since 2^128 is out of range
+  const vf half_scale = times_power_of_2(splat(0.5f), n);  // 2^(n - 1), since 2^128 is out of range
   return 2.0f * fma(half_scale, p, half_scale - 0.5f);
 }
 

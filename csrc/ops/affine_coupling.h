@@ -14,21 +14,21 @@ struct CouplingScale {
   vf log, factor, slope;
 };
 
-template <Bound B>
-INLINE CouplingScale coupling_scale(vf raw, bool inverse) {
-  if constexpr (B == UNBOUNDED) return {raw, exp(inverse ? -raw : raw), splat(1.0f)};
+template <Bound B, bool Inverse>
+INLINE CouplingScale coupling_scale(vf raw) {
+  if constexpr (B == UNBOUNDED) return {raw, exp(Inverse ? -raw : raw), splat(1.0f)};
   if constexpr (B == TANH) {
     const vf m = expm1(-2.0f * abs(raw)), quotient = 1.0f / (2.0f + m);
     const vf log = copy_sign(m * quotient, raw);
     // 1 - tanh^2 without its cancellation
-    return {log, exp(inverse ? -log : log), 4.0f * (1.0f + m) * (quotient * quotient)};
+    return {log, exp(Inverse ? -log : log), 4.0f * (1.0f + m) * (quotient * quotient)};
   }
   const vf t = raw + 2.0f;
   const auto below = t < 0.0f;
   // e^-|t|, where the rounding of t does not enter
   const vf e = exp(below ? raw : -raw) * (below ? splat(7.38905610f) : splat(0.135335283f));
-  const vf all = 1.0f + e, small = e / all, large = 1.0f / all;
-  const vf factor = inverse ? (below ? all / e : all) : (below ? small : large);
+  const vf all = 1.0f + e, large = 1.0f / all, small = e * large;
+  const vf factor = Inverse ? (below ? all / e : all) : (below ? small : large);
   return {(below ? t : splat(0.0f)) - log1p(e), factor, below ? large : small};
 }
 
@@ -36,18 +36,19 @@ INLINE CouplingScale coupling_scale(vf raw, bool inverse) {
 template <Bound B>
 constexpr float NEUTRAL = B == SIGMOID ? INFINITY : 0.0f;
 
-template <class T, Bound B>
+template <class T, Bound B, bool Inverse>
 INLINE void affine_coupling_fwd_as(int64_t rows, int64_t event, const T* x, const T* shift, const T* log_scale, T* y,
-                                   float* log_det, bool inverse, int64_t threads) {
+                                   float* log_det, int64_t threads) {
   const Tiling tiling(rows, event);
   RowSums sums(tiling, log_det);
-  const float sign = inverse ? -1.0f : 1.0f;
+  const float sign = Inverse ? -1.0f : 1.0f;
+  const bool stream = streamable(y, rows, event);
   tiling.run(threads, [&](const Tile& tile) {
     const int64_t offset = tile.row * event + tile.begin;
     const auto map = [&](int64_t i, int64_t n) {
       const vf v = block_load(x + i, n), b = block_load(shift + i, n);
-      const CouplingScale scale = coupling_scale<B>(block_load(log_scale + i, n, NEUTRAL<B>), inverse);
-      block_store(y + i, inverse ? (v - b) * scale.factor : fma(v, scale.factor, b), n);
+      const CouplingScale scale = coupling_scale<B, Inverse>(block_load(log_scale + i, n, NEUTRAL<B>));
+      block_store(y + i, Inverse ? (v - b) * scale.factor : fma(v, scale.factor, b), n, stream);
       return scale.log;
     };
     if (event < LANES) {  // rows shorter than a vector: all of them at once, their sums from memory
@@ -66,31 +67,33 @@ INLINE void affine_coupling_fwd_as(int64_t rows, int64_t event, const T* x, cons
       for_blocks(tile.count, [&](int64_t i, int64_t n) { total = total + map(base + i, n); });
       sums.put(tile, r, sign * sum(total));
     }
+    if (stream) drain_stores();
   });
   sums.finish();
 }
 
 // grad_y or grad_log_det may be null: no gradient came from that output. The gradient of shift is grad_y itself and not
 // written; the inverse has a grad_shift.
-template <class T, Bound B>
+template <class T, Bound B, bool Inverse>
 INLINE void affine_coupling_bwd_as(int64_t rows, int64_t event, const T* x, const T* shift, const T* log_scale,
                                    const T* grad_y, const float* grad_log_det, T* grad_x, T* grad_shift,
                                    T* grad_log_scale, int64_t threads) {
   const Tiling tiling(rows, event);
-  const bool inverse = grad_shift != nullptr;
+  const bool stream = streamable(grad_x, rows, event) && streamable(grad_log_scale, rows, event) &&
+                      (!Inverse || streamable(grad_shift, rows, event));
   tiling.run(threads, [&](const Tile& tile) {
     const int64_t offset = tile.row * event + tile.begin;
     const auto map = [&](int64_t i, int64_t n, vf by_log) {
-      const CouplingScale scale = coupling_scale<B>(block_load(log_scale + i, n), inverse);
+      const CouplingScale scale = coupling_scale<B, Inverse>(block_load(log_scale + i, n));
       vf by_x{};
       if (grad_y) {
         by_x = block_load(grad_y + i, n) * scale.factor;
         const vf v = block_load(x + i, n);
-        by_log = fma(by_x, inverse ? v - block_load(shift + i, n) : v, by_log);
+        by_log = fma(by_x, Inverse ? v - block_load(shift + i, n) : v, by_log);
       }
-      block_store(grad_x + i, by_x, n);
-      if (inverse) block_store(grad_shift + i, -by_x, n);
-      block_store(grad_log_scale + i, (inverse ? -by_log : by_log) * scale.slope, n);
+      block_store(grad_x + i, by_x, n, stream);
+      if (Inverse) block_store(grad_shift + i, -by_x, n, stream);
+      block_store(grad_log_scale + i, (Inverse ? -by_log : by_log) * scale.slope, n, stream);
     };
     if (event < LANES) {
       float spread[TILE];
@@ -104,7 +107,21 @@ INLINE void affine_coupling_bwd_as(int64_t rows, int64_t event, const T* x, cons
       const vf by_log_det = splat(grad_log_det ? grad_log_det[tile.row + r] : 0.0f);
       for_blocks(tile.count, [&](int64_t i, int64_t n) { map(base + i, n, by_log_det); });
     }
+    if (stream) drain_stores();
   });
+}
+
+// body(Choice<B, Inverse>) for values known at run time.
+template <Bound B, bool I>
+struct Choice {
+  static constexpr Bound bound = B;
+  static constexpr bool inverse = I;
+};
+template <class Body>
+INLINE void with_bound(int64_t bound, bool inverse, Body&& body) {
+  if (bound == UNBOUNDED) inverse ? body(Choice<UNBOUNDED, true>{}) : body(Choice<UNBOUNDED, false>{});
+  else if (bound == TANH) inverse ? body(Choice<TANH, true>{}) : body(Choice<TANH, false>{});
+  else inverse ? body(Choice<SIGMOID, true>{}) : body(Choice<SIGMOID, false>{});
 }
 
 inline void affine_coupling_fwd(int64_t dtype, int64_t rows, int64_t event, const void* x, const void* shift,
@@ -112,12 +129,11 @@ inline void affine_coupling_fwd(int64_t dtype, int64_t rows, int64_t event, cons
                                 int64_t threads) {
   const auto run = [&](auto* t) {
     using T = typename Pointee<decltype(t)>::type;
-    const auto bounded = [&](auto body) {
-      body(rows, event, (const T*)x, (const T*)shift, (const T*)log_scale, (T*)y, log_det, inverse, threads);
-    };
-    if (bound == UNBOUNDED) bounded([](auto... a) { affine_coupling_fwd_as<T, UNBOUNDED>(a...); });
-    else if (bound == TANH) bounded([](auto... a) { affine_coupling_fwd_as<T, TANH>(a...); });
-    else bounded([](auto... a) { affine_coupling_fwd_as<T, SIGMOID>(a...); });
+    with_bound(bound, inverse, [&](auto choice) {
+      using C = decltype(choice);
+      affine_coupling_fwd_as<T, C::bound, C::inverse>(rows, event, (const T*)x, (const T*)shift, (const T*)log_scale, (T*)y,
+                                            log_det, threads);
+    });
   };
   with_dtype(dtype, run);
 }
@@ -127,13 +143,12 @@ inline void affine_coupling_bwd(int64_t dtype, int64_t rows, int64_t event, cons
                                 void* grad_shift, void* grad_log_scale, int64_t bound, int64_t threads) {
   const auto run = [&](auto* t) {
     using T = typename Pointee<decltype(t)>::type;
-    const auto bounded = [&](auto body) {
-      body(rows, event, (const T*)x, (const T*)shift, (const T*)log_scale, (const T*)grad_y, grad_log_det, (T*)grad_x,
-           (T*)grad_shift, (T*)grad_log_scale, threads);
-    };
-    if (bound == UNBOUNDED) bounded([](auto... a) { affine_coupling_bwd_as<T, UNBOUNDED>(a...); });
-    else if (bound == TANH) bounded([](auto... a) { affine_coupling_bwd_as<T, TANH>(a...); });
-    else bounded([](auto... a) { affine_coupling_bwd_as<T, SIGMOID>(a...); });
+    with_bound(bound, grad_shift != nullptr, [&](auto choice) {
+      using C = decltype(choice);
+      affine_coupling_bwd_as<T, C::bound, C::inverse>(rows, event, (const T*)x, (const T*)shift, (const T*)log_scale,
+                                            (const T*)grad_y, grad_log_det, (T*)grad_x, (T*)grad_shift,
+                                            (T*)grad_log_scale, threads);
+    });
   };
   with_dtype(dtype, run);
 }
