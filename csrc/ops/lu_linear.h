@@ -14,14 +14,14 @@ struct LuFactors {
   int64_t size;
   const float *log_diagonal, *sign;
   const int64_t* permutation;
-  double *l, *u, *matrix, *work;
+  double *l, *u, *matrix, *work, *turned;
 
   LuFactors(int64_t size_, const float* lower, const float* upper, const float* log_diagonal_, const float* sign_,
             const int64_t* permutation_, bool inverse)
       : size(size_), log_diagonal(log_diagonal_), sign(sign_), permutation(permutation_) {
     const int64_t all = size * size;
-    l = new double[4 * all + 1];
-    u = l + all, matrix = u + all, work = matrix + all;
+    l = new double[5 * all + 1];
+    u = l + all, matrix = u + all, work = matrix + all, turned = work + all;
     for (int64_t i = 0; i < size; ++i)
       for (int64_t j = 0; j < size; ++j) {
         l[i * size + j] = j < i ? lower[i * size + j] : i == j;
@@ -33,16 +33,23 @@ struct LuFactors {
   ~LuFactors() { delete[] l; }
 
   double diagonal(int64_t i) const { return sign[i] * __builtin_exp(log_diagonal[i]); }
-  INLINE void add(double* row, double factor, const double* other, int64_t begin) const {
-    for (int64_t j = begin; j < size; ++j) row[j] += factor * other[j];
+  static INLINE void add(double* row, double factor, const double* other, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) row[j] += factor * other[j];
+  }
+  static INLINE void clear(double* row, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) row[j] = 0;
+  }
+  void turn(const double* from) const {  // so that all inner loops run along rows
+    for (int64_t i = 0; i < size; ++i)
+      for (int64_t j = 0; j < size; ++j) turned[j * size + i] = from[i * size + j];
   }
   // matrix = P L U
   void multiply() {
     for (int64_t i = 0; i < size; ++i) {
       const int64_t from = permutation[i];
       double* row = matrix + i * size;
-      for (int64_t j = 0; j < size; ++j) row[j] = 0;
-      for (int64_t k = 0; k <= from; ++k) add(row, l[from * size + k], u + k * size, k);
+      clear(row, size);
+      for (int64_t k = 0; k <= from; ++k) add(row, l[from * size + k], u + k * size, k, size);
     }
   }
   // matrix = U^-1 L^-1 P^T, by substitution on the rows of the identity
@@ -50,11 +57,11 @@ struct LuFactors {
     for (int64_t i = 0; i < size; ++i) {
       double* row = matrix + i * size;
       for (int64_t j = 0; j < size; ++j) row[j] = permutation[j] == i;
-      for (int64_t k = 0; k < i; ++k) add(row, -l[i * size + k], matrix + k * size, 0);
+      for (int64_t k = 0; k < i; ++k) add(row, -l[i * size + k], matrix + k * size, 0, size);
     }
     for (int64_t i = size; i-- > 0;) {
       double* row = matrix + i * size;
-      for (int64_t k = i + 1; k < size; ++k) add(row, -u[i * size + k], matrix + k * size, 0);
+      for (int64_t k = i + 1; k < size; ++k) add(row, -u[i * size + k], matrix + k * size, 0, size);
       const double scale = 1.0 / u[i * size + i];
       for (int64_t j = 0; j < size; ++j) row[j] *= scale;
     }
@@ -65,27 +72,26 @@ struct LuFactors {
     if (inverse) {  // of W = matrix^-1: -matrix^T grad matrix^T
       for (int64_t i = 0; i < size; ++i) {
         double* row = work + i * size;
-        for (int64_t j = 0; j < size; ++j) row[j] = 0;
-        for (int64_t k = 0; k < size; ++k) add(row, -matrix[k * size + i], grad + k * size, 0);
+        clear(row, size);
+        for (int64_t k = 0; k < size; ++k) add(row, -matrix[k * size + i], grad + k * size, 0, size);
       }
-      for (int64_t i = 0; i < size; ++i)
-        for (int64_t j = 0; j < size; ++j) {
-          double total = 0;
-          for (int64_t k = 0; k < size; ++k) total += work[i * size + k] * matrix[j * size + k];
-          grad[i * size + j] = total;
-        }
+      turn(matrix);
+      for (int64_t i = 0; i < size; ++i) {
+        double* row = grad + i * size;
+        clear(row, size);
+        for (int64_t k = 0; k < size; ++k) add(row, work[i * size + k], turned + k * size, 0, size);
+      }
     }
     for (int64_t i = 0; i < size; ++i)  // of L U
       for (int64_t j = 0; j < size; ++j) work[permutation[i] * size + j] = grad[i * size + j];
+    turn(u);
     for (int64_t i = 0; i < size; ++i) {
-      for (int64_t j = 0; j < size; ++j) {
-        double total = 0;
-        for (int64_t k = j; j < i && k < size; ++k) total += work[i * size + k] * u[j * size + k];
-        grad_lower[i * size + j] = (float)total;
-      }
       double* row = grad + i * size;
-      for (int64_t j = 0; j < size; ++j) row[j] = 0;
-      for (int64_t k = i; k < size; ++k) add(row, l[k * size + i], work + k * size, i);
+      clear(row, size);
+      for (int64_t k = 0; k < size; ++k) add(row, work[i * size + k], turned + k * size, 0, min(i, k + 1));
+      for (int64_t j = 0; j < size; ++j) grad_lower[i * size + j] = (float)row[j];
+      clear(row, size);
+      for (int64_t k = i; k < size; ++k) add(row, l[k * size + i], work + k * size, i, size);
       for (int64_t j = 0; j < size; ++j) grad_upper[i * size + j] = j > i ? (float)row[j] : 0.0f;
       grad_log_diagonal[i] = (float)(row[i] * u[i * size + i] + (inverse ? -by_log_det : by_log_det));
     }
@@ -98,9 +104,9 @@ struct PixelTiling {
   static constexpr int64_t ROWS = 4, VECTORS = LANES == 8 ? 2 : 4;
   int64_t channels, pixels, all, width, pitch, padded, tiles;
 
-  PixelTiling(int64_t samples, int64_t channels_, int64_t pixels_) : channels(channels_), pixels(pixels_) {
+  PixelTiling(int64_t samples, int64_t channels_, int64_t pixels_, int64_t width_)
+      : channels(channels_), pixels(pixels_), width(width_) {
     all = samples * pixels;
-    width = channels <= 32 ? 256 : channels <= 64 ? 128 : 64;
     pitch = width + 16;  // rows a power of two apart would share cache sets
     padded = ceil_div(channels, ROWS) * ROWS;
     tiles = ceil_div(all, width);
@@ -198,13 +204,13 @@ struct PixelTiling {
   int64_t worthwhile(int64_t threads, int64_t work) const { return all * work < 32 * SERIAL ? 1 : threads; }
 };
 
-// Tiles that one task takes one after the other with the same scratch memory.
-constexpr int64_t PIXEL_TASKS = 64;
+// Tasks into which the tiles are cut; one takes its tiles one after the other with the same scratch memory.
+constexpr int64_t PIXEL_TASKS = 64, OUTER_TASKS = 16;
 
 template <class T>
 INLINE void lu_linear_fwd_as(int64_t samples, int64_t channels, int64_t pixels, const T* x, const LuFactors& factors, T* y,
                              int64_t threads) {
-  const PixelTiling tiling(samples, channels, pixels);
+  const PixelTiling tiling(samples, channels, pixels, channels <= 32 ? 256 : channels <= 64 ? 128 : 64);
   float* matrix = new float[tiling.padded * channels + 1];
   for (int64_t i = 0; i < tiling.padded * channels; ++i) matrix[i] = i < channels * channels ? (float)factors.matrix[i] : 0;
   const int64_t batch = max(1, ceil_div(tiling.tiles, PIXEL_TASKS));
@@ -225,31 +231,34 @@ INLINE void lu_linear_fwd_as(int64_t samples, int64_t channels, int64_t pixels, 
 template <class T>
 INLINE void lu_linear_bwd_as(int64_t samples, int64_t channels, int64_t pixels, const T* x, const LuFactors& factors,
                              const T* grad_y, T* grad_x, double* grad_matrix, int64_t threads) {
-  const PixelTiling tiling(samples, channels, pixels);
+  // wider, so that folding the sums of a tile is little beside making them
+  const PixelTiling tiling(samples, channels, pixels, 256);
   float* transposed = new float[tiling.padded * channels + 1];
   for (int64_t i = 0; i < tiling.padded; ++i)
     for (int64_t j = 0; j < channels; ++j)
       transposed[i * channels + j] = i < channels ? (float)factors.matrix[j * channels + i] : 0;
-  const int64_t batch = max(1, ceil_div(tiling.tiles, PIXEL_TASKS)), tasks = ceil_div(tiling.tiles, batch);
-  const int64_t size = tiling.outer_size();
-  float* sums = new float[tasks * size + 1]();
-  parallel_for(tasks, tiling.worthwhile(threads, 2 * channels * channels), [&](int64_t task) {
+  const int64_t batch = max(1, ceil_div(tiling.tiles, OUTER_TASKS)), tasks = ceil_div(tiling.tiles, batch);
+  const int64_t size = channels * channels;
+  double* partial = new double[tasks * size + 1];
+  parallel_for(tasks, tiling.worthwhile(threads, 2 * size), [&](int64_t task) {
     const int64_t area = tiling.padded * tiling.pitch;
     float* in = new float[3 * area];
-    float *grad = in + area, *out = grad + area;
+    float *grad = in + area, *out = grad + area, *sums = new float[tiling.outer_size()]();
     for (int64_t tile = task * batch; tile < min(tiling.tiles, (task + 1) * batch); ++tile) {
       tiling.read(tile, x, in);
       tiling.read(tile, grad_y, grad);
       tiling.product(transposed, grad, out, tiling.count(tile));
       tiling.write(tile, out, grad_x);
-      tiling.add_outer(grad, in, tiling.count(tile), sums + task * size);
+      tiling.add_outer(grad, in, tiling.count(tile), sums);
     }
+    for (int64_t i = 0; i < channels; ++i)
+      for (int64_t j = 0; j < channels; ++j) partial[task * size + i * channels + j] = tiling.outer(sums, i, j);
+    delete[] sums;
     delete[] in;
   });
   for (int64_t task = 0; task < tasks; ++task)
-    for (int64_t i = 0; i < channels; ++i)
-      for (int64_t j = 0; j < channels; ++j) grad_matrix[i * channels + j] += tiling.outer(sums + task * size, i, j);
-  delete[] sums;
+    for (int64_t i = 0; i < size; ++i) grad_matrix[i] += partial[task * size + i];
+  delete[] partial;
   delete[] transposed;
 }
 

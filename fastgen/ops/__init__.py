@@ -3,6 +3,7 @@
 from fastgen.ops._dispatch import explain, info, use_backend, use_math
 from fastgen.ops._spec import OpSpec, all_specs, get_spec
 from fastgen.ops.affine_coupling import Coupled, affine_coupling
+from fastgen.ops.lu_linear import lu_linear
 from fastgen.ops.normal import normal
 from fastgen.ops.reparameterize import Reparameterized, reparameterize
 from fastgen.ops.uniform import uniform
@@ -16,6 +17,7 @@ __all__ = [
     "explain",
     "get_spec",
     "info",
+    "lu_linear",
     "normal",
     "reparameterize",
     "uniform",
