@@ -56,4 +56,28 @@ struct Tiling {
   }
 };
 
+// One float32 sum per row. A row longer than a tile leaves one partial sum per part; they are added up in order, in float64.
+struct RowSums {
+  const Tiling& tiling;
+  float* out;
+  double* partial;
+  RowSums(const Tiling& tiling_, float* out_)
+      : tiling(tiling_), out(out_), partial(tiling_.parts > 1 ? new double[tiling_.rows * tiling_.parts] : nullptr) {}
+  RowSums(const RowSums&) = delete;
+  ~RowSums() { delete[] partial; }
+  // the sum over row r of a tile, counted from the tile's first
+  void put(const Tile& tile, int64_t r, float value) {
+    if (partial) partial[tile.row * tiling.parts + tile.part] = value;
+    else out[tile.row + r] = value;
+  }
+  void finish() {
+    if (!partial) return;
+    for (int64_t row = 0; row < tiling.rows; ++row) {
+      double total = 0;
+      for (int64_t part = 0; part < tiling.parts; ++part) total += partial[row * tiling.parts + part];
+      out[row] = (float)total;
+    }
+  }
+};
+
 FASTGEN_END

@@ -10,8 +10,7 @@ template <class T>
 INLINE void reparameterize_fwd_as(int64_t rows, int64_t event, const T* mean, const T* log_var, Keys keys,
                                   const float* given, T* z, float* kl, float* kept, bool fast, int64_t threads) {
   const Tiling tiling(rows, event);
-  // a row longer than a tile leaves one partial sum per part, added up in order at the end
-  double* partial = tiling.parts > 1 ? new double[rows * tiling.parts] : nullptr;
+  RowSums sums(tiling, kl);
   tiling.run(threads, [&](const Tile& tile) {
     TileNoise drawn;
     const int64_t offset = tile.row * event + tile.begin;
@@ -29,17 +28,10 @@ INLINE void reparameterize_fwd_as(int64_t rows, int64_t event, const T* mean, co
         // lanes beyond the row hold mean = log_var = 0 and add nothing
         total = total + fma(m, m, fma(sigma, sigma, splat(-1.0f)) - v);
       });
-      if (partial) partial[tile.row * tiling.parts + tile.part] = sum(total);
-      else kl[tile.row + r] = 0.5f * sum(total);
+      sums.put(tile, r, 0.5f * sum(total));
     }
   });
-  if (!partial) return;
-  for (int64_t row = 0; row < rows; ++row) {
-    double total = 0;
-    for (int64_t part = 0; part < tiling.parts; ++part) total += partial[row * tiling.parts + part];
-    kl[row] = (float)(0.5 * total);
-  }
-  delete[] partial;
+  sums.finish();
 }
 
 // grad_z or grad_kl may be null: no gradient came from that output. The noise is `kept`, or drawn again at the keys.
