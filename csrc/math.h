@@ -1,29 +1,114 @@
-// Elementary functions on vectors, accurate to a few ulp of float32. Not bit-identical across instruction sets: what must
-// be (the normals) has its own polynomials in random.h.
+// Elementary functions on vectors, accurate to a few ulp of float32: the worst error over all float32 arguments stands with
+// each. Not bit-identical across instruction sets: what must be (the normals) has its own polynomials in random.h.
+// Infinite arguments give the limit and NaN stays NaN. The polynomials are minimax fits in the relative error of the result.
 #pragma once
 #include "simd.h"
 
 FASTGEN_BEGIN
 
-// e^x: 0 below -104, infinite above 89, NaN stays NaN. Cody-Waite reduction, degree-6 minimax polynomial, error < 1.5 ulp.
-INLINE vf exp(vf x) {
-  x = x > 89.0f ? splat(89.0f) : x;
-  x = x < -104.0f ? splat(-104.0f) : x;
+INLINE vf abs(vf x) { return bits<vf>(bits<vu>(x) & 0x7FFFFFFFu); }
+// |magnitude| with the sign of `sign`
+INLINE vf copy_sign(vf magnitude, vf sign) {
+  return bits<vf>((bits<vu>(magnitude) & 0x7FFFFFFFu) | (bits<vu>(sign) & 0x80000000u));
+}
+
+// x = n ln 2 + r with |r| <= ln(2) / 2 (Cody and Waite), for |x| < 1e4; k is n as an integer.
+INLINE vf reduce(vf x, vi& k) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf shifted = fma(x, splat(1.44269504f), magic);
   const vf n = shifted - magic;
-  vf r = fma(n, splat(-0.693145752f), x);
-  r = fma(n, splat(-1.42860677e-6f), r);
-  vf p = fma(splat(1.3888889e-3f), r, splat(8.3333333e-3f));
-  p = fma(p, r, splat(4.16666667e-2f));
-  p = fma(p, r, splat(0.166666667f));
-  p = fma(p, r, splat(0.5f));
+  k = bits<vi>(shifted) - bits<vi>(magic);
+  return fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), x));
+}
+
+// e^x: 0 below -104, infinite above 89. Error < 1.1 ulp.
+INLINE vf exp(vf x) {
+  x = x > 89.0f ? splat(89.0f) : x;
+  x = x < -104.0f ? splat(-104.0f) : x;
+  vi k;
+  const vf r = reduce(x, k);
+  vf p = fma(splat(1.38183543e-3f), r, splat(8.36854056e-3f));
+  p = fma(p, r, splat(4.16682921e-2f));
+  p = fma(p, r, splat(0.166665226f));
+  p = fma(p, r, splat(0.49999994f));
   p = fma(p, r, splat(1.0f));
   p = fma(p, r, splat(1.0f));
   // 2^n in two factors, for results that are subnormal or overflow
-  const vi k = bits<vi>(shifted) - bits<vi>(magic);
   const vi half = k >> 1;
-  return p * bits<vf>((half + 127) << 23) * bits<vf>((k - half + 127) << 23);
+  return p * bits<vf>(bits<vu>(half + 127) << 23) * bits<vf>(bits<vu>(k - half + 127) << 23);
 }
+
+// e^x - 1 without cancellation. Error < 1.6 ulp.
+INLINE vf expm1(vf x) {
+  x = x > 89.0f ? splat(89.0f) : x;
+  const vf bounded = x < -26.0f ? splat(-26.0f) : x;  // -1 from there on
+  vi k;
+  const vf r = reduce(bounded, k);
+  vf p = fma(splat(1.38706574e-3f), r, splat(8.36626161e-3f));
+  p = fma(p, r, splat(4.16674353e-2f));
+  p = fma(p, r, splat(0.166665465f));
+  p = fma(p, r, splat(0.49999997f));
+  p = fma(p, r * r, r);
+  const vf half_scale = bits<vf>(bits<vu>(k + 126) << 23);  // 2^(n - 1), since 2^128 is out of range
+  return 2.0f * fma(half_scale, p, half_scale - 0.5f);
+}
+
+// log(1 + f) + k ln 2 for |f| within the octave around 1: [sqrt(1/2) - 1, sqrt(2) - 1]
+INLINE vf log_of_parts(vf f, vi k) {
+  vf p = fma(splat(-7.61903971e-2f), f, splat(0.12912932f));
+  p = fma(p, f, splat(-0.132480666f));
+  p = fma(p, f, splat(0.14180854f));
+  p = fma(p, f, splat(-0.16608411f));
+  p = fma(p, f, splat(0.200020045f));
+  p = fma(p, f, splat(-0.250016093f));
+  p = fma(p, f, splat(0.333333254f));
+  p = fma(p, f, splat(-0.499999881f));
+  const vf n = to_float(k);
+  return fma(n, splat(0.693145752f), f + fma(n, splat(1.42860677e-6f), f * f * p));
+}
+
+constexpr uint32_t SQRT_HALF = 0x3F3504F3;  // float32 bits of sqrt(1/2)
+
+// log x: -infinite at 0, NaN below. Error < 1.1 ulp.
+INLINE vf log(vf x) {
+  const vi tiny = x < 1.17549435e-38f;  // subnormal: scaled by 2^23
+  const vf scaled = tiny ? x * 8388608.0f : x;
+  const vi k = bits<vi>(bits<vu>(scaled) - SQRT_HALF) >> 23;
+  const vf f = bits<vf>(bits<vu>(scaled) - (bits<vu>(k) << 23)) - 1.0f;
+  vf y = log_of_parts(f, tiny ? k - 23 : k);
+  y = x < INFINITY ? y : x;  // infinite or NaN
+  y = x > 0.0f ? y : splat(-INFINITY);
+  return x >= 0.0f ? y : splat(NAN);
+}
+
+// log(1 + x): -infinite at -1, NaN below. Error < 1.5 ulp.
+INLINE vf log1p(vf x) {
+  // 1 + x = 2^k (1 + f), where f is formed from x and not from the rounded sum
+  const vu shift = (bits<vu>(1.0f + x) - SQRT_HALF) & 0xFF800000u;
+  const vf four = bits<vf>(0x40800000u - shift);  // 4 * 2^-k, since 2^-k may be subnormal
+  const vf f = bits<vf>(bits<vu>(x) - shift) + fma(splat(0.25f), four, splat(-1.0f));
+  vf y = log_of_parts(f, bits<vi>(shift) >> 23);
+  y = x < INFINITY ? y : x;
+  y = x > -1.0f ? y : splat(-INFINITY);
+  return x >= -1.0f ? y : splat(NAN);
+}
+
+// tanh x. Error < 3 ulp.
+INLINE vf tanh(vf x) {
+  const vf m = expm1(-2.0f * abs(x));
+  return copy_sign(m / (2.0f + m), x);
+}
+
+// 1 / (1 + e^-x), as accurate for large negative x. Error < 3 ulp.
+INLINE vf sigmoid(vf x) {
+  const vf e = exp(-abs(x));
+  return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+}
+
+// log(1 + e^x). Error < 3 ulp.
+INLINE vf softplus(vf x) { return (x < 0.0f ? splat(0.0f) : x) + log1p(exp(-abs(x))); }
+
+// log(sigmoid(x)). Error < 3 ulp.
+INLINE vf log_sigmoid(vf x) { return -softplus(-x); }
 
 FASTGEN_END
