@@ -205,6 +205,25 @@ INLINE vf times_power_of_2(vf x, vf n) {
 #endif
 }
 
+INLINE vf larger(vf a, vf b) {  // b where either is NaN
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+INLINE vf reciprocal(vf a) {  // of normal numbers: 1 / a to 1 ulp, without the divider where that is slow
+#if defined(__AVX512F__)
+  const vf guess = (vf)_mm512_rcp14_ps((__m512)a);
+  return fma(fma(-a, guess, splat(1.0f)), guess, guess);
+#else
+  return 1.0f / a;
+#endif
+}
+
 INLINE float sum(vf a) {  // in a fixed order: pairwise over the lanes
 #ifdef FASTGEN_ONE_LANE
   return a;
@@ -242,6 +261,44 @@ INLINE void transpose4(vf& a, vf& b, vf& c, vf& d) {
 #else
   (void)a, (void)b, (void)c, (void)d;  // one lane: the four words already stand in order
 #endif
+}
+
+// Columns 0 to 3 of a matrix of LANES rows, `stride` floats from row to row: lane i of a, b, c, d holds p[i * stride + 0 .. 3].
+INLINE void load_columns4(const float* p, int64_t stride, vf& a, vf& b, vf& c, vf& d) {
+#if defined(__AVX512F__)
+  const auto rows = [&](int64_t first) {
+    const __m512 one = _mm512_castps128_ps512(_mm_loadu_ps(p + first * stride));
+    const __m512 two = _mm512_insertf32x4(one, _mm_loadu_ps(p + (first + 4) * stride), 1);
+    const __m512 three = _mm512_insertf32x4(two, _mm_loadu_ps(p + (first + 8) * stride), 2);
+    return (vf)_mm512_insertf32x4(three, _mm_loadu_ps(p + (first + 12) * stride), 3);
+  };
+#elif defined(__AVX2__)
+  const auto rows = [&](int64_t first) {
+    const __m256 one = _mm256_castps128_ps256(_mm_loadu_ps(p + first * stride));
+    return (vf)_mm256_insertf128_ps(one, _mm_loadu_ps(p + (first + 4) * stride), 1);
+  };
+#else
+  const auto rows = [&](int64_t first) { return load<vf>(p + first * (LANES > 1 ? stride : 1)); };
+#endif
+  a = rows(0), b = rows(1), c = rows(2), d = rows(3);
+  transpose4(a, b, c, d);
+}
+INLINE void store_columns4(float* p, int64_t stride, vf a, vf b, vf c, vf d) {
+  transpose4(a, b, c, d);
+  const vf rows[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+    _mm_storeu_ps(p + i * stride, _mm512_castps512_ps128((__m512)rows[i]));
+    _mm_storeu_ps(p + (i + 4) * stride, _mm512_extractf32x4_ps((__m512)rows[i], 1));
+    _mm_storeu_ps(p + (i + 8) * stride, _mm512_extractf32x4_ps((__m512)rows[i], 2));
+    _mm_storeu_ps(p + (i + 12) * stride, _mm512_extractf32x4_ps((__m512)rows[i], 3));
+#elif defined(__AVX2__)
+    _mm_storeu_ps(p + i * stride, _mm256_castps256_ps128((__m256)rows[i]));
+    _mm_storeu_ps(p + (i + 4) * stride, _mm256_extractf128_ps((__m256)rows[i], 1));
+#else
+    store(p + i * (LANES > 1 ? stride : 1), rows[i]);
+#endif
+  }
 }
 
 // Which quartet each lane computes so that transpose4 leaves the elements in order: lane 4g + k holds k * LANES / 4 + g.

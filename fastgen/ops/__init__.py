@@ -8,6 +8,7 @@ from fastgen.ops.diffusion_loss import diffusion_loss
 from fastgen.ops.lu_linear import lu_linear
 from fastgen.ops.normal import normal
 from fastgen.ops.reparameterize import Reparameterized, reparameterize
+from fastgen.ops.rq_spline import Splined, rq_spline
 from fastgen.ops.uniform import uniform
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Diffused",
     "OpSpec",
     "Reparameterized",
+    "Splined",
     "affine_coupling",
     "all_specs",
     "diffuse",
@@ -25,6 +27,7 @@ __all__ = [
     "lu_linear",
     "normal",
     "reparameterize",
+    "rq_spline",
     "uniform",
     "use_backend",
     "use_math",

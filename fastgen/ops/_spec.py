@@ -20,7 +20,8 @@ class OpSpec:
         name: the stem: fastgen/ops/NAME.py, kernels/NAME.py, csrc/ops/NAME.h, tests/ops/test_NAME.py.
         function: the public function; takes ``backend=`` besides the inputs.
         reference: plain PyTorch with the same arguments; its own autograd is the truth for gradients.
-        outputs: name of each output -> precision class: "exact", "elementwise", "reduction" or "iterative".
+        outputs: name of each output -> precision class: "exact", "elementwise", "reduction", "iterative" or
+            "conditioned".
         gradients: names of the inputs that gradients flow to.
         example_inputs: ``(rows, event, *, dtype, device, generator, **flags)`` -> keyword arguments of ``function``.
         flags: values that the options of ``example_inputs`` may take; tests draw from them, the first is the default.
