@@ -101,6 +101,7 @@ def _forward(
     delta: float,
     fast: bool,
     backend: str,
+    *,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     loss = model_out.new_empty(model_out.shape[0], dtype=torch.float32)
