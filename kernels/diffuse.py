@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from fastgen.kernels._launch import key_stride, narrow, options, tile
 from fastgen.kernels._philox import normal_tile
+from fastgen.kernels._static import TYPES, StaticCase
 
 
 @triton.jit
@@ -98,3 +99,32 @@ def diffuse_bwd(rows, event, coefficients, grad_x_t, grad_target, grad_x0):
         HAS_X_T=grad_x_t is not None, HAS_TARGET=grad_target is not None, STRIDE=row_stride(coefficients), ROWS=ROWS,
         BLOCK=BLOCK, **options(fast=True),
     )  # fmt: skip
+
+
+def static_cases():
+    cases = []
+    for dtype, short in TYPES.items():
+        data, size = f"*{short}", 4 if dtype == "float32" else 2
+        for rows, event in ((4096, 4096), (8192, 256)):
+            ROWS, BLOCK = tile(rows, event)
+            row = 16 / min(event, BLOCK)  # the row of coefficients
+            forward = {"p_x0": data, "p_coefficients": "*fp32", "p_key": "*i64", "p_given": None, "p_x_t": data}
+            forward |= {"p_target": data, "rows": "i32", "event": "i32", "channels": "i32", "pixels": "i32"}
+            for fast in (False, True):
+                what = f"{dtype} {event} a row, {'fast' if fast else 'exact'}"
+                constants = {"GIVEN": False, "TARGET": True, "CHANNELS_LAST": False, "STRIDE": 4, "KEY_STRIDE": 0}
+                cases.append(
+                    StaticCase(
+                        diffuse_fwd_kernel, what, forward, {**constants, "ROWS": ROWS, "BLOCK": BLOCK, "FAST": fast},
+                        options(fast), elements=ROWS * BLOCK, bytes_per_element=3 * size + 3 * row, wide=dtype == "float32",
+                    )
+                )  # fmt: skip
+            backward = {"p_coefficients": "*fp32", "p_grad_x_t": data, "p_grad_target": data, "p_grad_x0": data}
+            constants = {"HAS_X_T": True, "HAS_TARGET": True, "STRIDE": 4, "ROWS": ROWS, "BLOCK": BLOCK}
+            cases.append(
+                StaticCase(
+                    diffuse_bwd_kernel, f"{dtype} {event} a row", {**backward, "rows": "i32", "event": "i32"}, constants,
+                    options(True), elements=ROWS * BLOCK, bytes_per_element=3 * size + row / 2, wide=dtype == "float32",
+                )
+            )  # fmt: skip
+    return cases

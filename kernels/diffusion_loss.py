@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from fastgen.kernels._launch import key_stride, narrow, options, tile
 from fastgen.kernels._philox import normal_tile
+from fastgen.kernels._static import TYPES, StaticCase
 from fastgen.kernels.diffuse import coefficient, in_memory, layout, row_stride
 
 
@@ -106,3 +107,37 @@ def diffusion_loss_bwd(rows, event, slope, coefficients, weight, scale, grad_los
         WITH_X0=grad_x0 is not None, **weight_constants(weight), STRIDE=row_stride(coefficients), ROWS=ROWS, BLOCK=BLOCK,
         **options(fast=True),
     )  # fmt: skip
+
+
+def static_cases():
+    cases = []
+    for dtype, short in TYPES.items():
+        data, size = f"*{short}", 4 if dtype == "float32" else 2
+        for rows, event in ((4096, 4096), (8192, 256)):
+            ROWS, BLOCK = tile(rows, event)
+            per_row = 1 / min(event, BLOCK)
+            forward = {"p_model_out": data, "p_x0": data, "p_coefficients": "*fp32", "p_key": "*i64", "p_given": None}
+            forward |= {"p_weight": "*fp32", "p_loss": "*fp32", "p_slope": "*fp32", "rows": "i32", "event": "i32"}
+            forward |= {"channels": "i32", "pixels": "i32", "scale": "fp32", "delta": "fp32"}
+            weights = {"WEIGHTED": True, "WEIGHT_STRIDE": 1, "STRIDE": 4, "ROWS": ROWS, "BLOCK": BLOCK}
+            numbers = frozenset({"scale", "delta"})
+            for fast in (False, True):
+                what = f"{dtype} {event} a row, {'fast' if fast else 'exact'}"
+                constants = {"GIVEN": False, "KEEP": True, "HUBER": False, "CHANNELS_LAST": False, "KEY_STRIDE": 0, "FAST": fast}
+                cases.append(
+                    StaticCase(
+                        diffusion_loss_fwd_kernel, what, forward, {**constants, **weights}, options(fast),
+                        elements=ROWS * BLOCK, bytes_per_element=2 * size + 4 + 48 * per_row, unaligned=numbers,
+                        wide=dtype == "float32",
+                    )
+                )  # fmt: skip
+            backward = {"p_slope": "*fp32", "p_coefficients": "*fp32", "p_weight": "*fp32", "p_grad_loss": "*fp32"}
+            backward |= {"p_grad_model_out": data, "p_grad_x0": None, "rows": "i32", "event": "i32", "scale": "fp32"}
+            cases.append(
+                StaticCase(
+                    diffusion_loss_bwd_kernel, f"{dtype} {event} a row", backward, {"WITH_X0": False, **weights},
+                    options(True), elements=ROWS * BLOCK, bytes_per_element=size + 4 + 8 * per_row, unaligned=numbers,
+                    wide=dtype == "float32",
+                )
+            )  # fmt: skip
+    return cases

@@ -45,6 +45,11 @@ def _train(title: str, source: Source, out: Path, *, steps: int, **config: Any) 
     if (out / "config.json").is_file():  # an earlier demo's run
         shutil.rmtree(out)
     result = fastgen.fit(model, source, steps=steps, batch_size=64, seed=0, out=out, ema=0.998)
+    for note in result.notes:
+        show.line(f"note: {note}")
+    if result.interrupted:
+        show.line(f"interrupted at step {result.steps:,}")
+        raise typer.Exit(130)
     show.line(f"{result.steps:,} steps in {show.duration(result.seconds)}")
     return fastgen.load(out)
 
@@ -101,7 +106,10 @@ def demo(
     }
     for name, (grid, _) in pictures.items():
         images.save_png(grid, out / name, columns=round(len(grid) ** 0.5))
-    shutil.copyfile(out / "vae" / "loss.png", out / "loss.png")
+    written = {str(out / name): what for name, (_, what) in pictures.items()}
+    if (out / "vae" / "loss.png").is_file():
+        shutil.copyfile(out / "vae" / "loss.png", out / "loss.png")
+        written[str(out / "loss.png")] = "the loss curve"
     show.line()
-    show.pairs({str(out / name): what for name, (_, what) in pictures.items()} | {str(out / "loss.png"): "the loss curve"})
+    show.pairs(written)
     show.line(f"Done in {show.duration(time.perf_counter() - begin)}. `fastgen sample {out / 'vae'} -n 64` draws more.")
