@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from fastgen.kernels._launch import narrow, options, tile
 
 UNBOUNDED, TANH, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -6,6 +6,7 @@ The C x C matrix, its inverse and the way back to the factors are a few library 
 import torch
 import triton
 import triton.language as tl
+
 from fastgen.kernels._launch import INTERPRET, narrow
 
 PIXELS = 1024 if INTERPRET else 64
