@@ -1,4 +1,4 @@
-"""affine_coupling in Triton: one program takes a group of rows from end to end, so that the log-determinant has a fixed order."""
+"""affine_coupling in Triton: one program takes a group of rows from end to end, so that their sums have a fixed order."""
 
 import triton
 import triton.language as tl
@@ -36,10 +36,8 @@ def coupling_scale(b_raw, BOUND: tl.constexpr, INVERSE: tl.constexpr):
         b_log = tl.minimum(b_t, 0.0) - log1p_small(b_e)
         b_slope = tl.where(b_t < 0.0, 1.0, b_e) / (1.0 + b_e)
     if BOUND == SIGMOID:
-        if INVERSE:
-            b_factor = (1.0 + b_e) / tl.where(b_t < 0.0, b_e, 1.0)
-        else:
-            b_factor = tl.where(b_t < 0.0, b_e, 1.0) / (1.0 + b_e)
+        b_share = tl.where(b_t < 0.0, b_e, 1.0)
+        b_factor = (1.0 + b_e) / b_share if INVERSE else b_share / (1.0 + b_e)
     else:
         b_factor = tl.exp(-b_log if INVERSE else b_log)
     return b_log, b_factor, b_slope

@@ -1,4 +1,4 @@
-"""affine_coupling: the Jacobian by autograd, the published bounds, extreme log-scales, round trips, short rows, broadcasting."""
+"""affine_coupling: the Jacobian by autograd, the published bounds, extreme log-scales, round trips, short rows."""
 
 import math
 
