@@ -53,42 +53,45 @@ def openmp_flags(build: Path) -> list[str]:
     return ["-fopenmp"] if subprocess.run(command, capture_output=True, check=False).returncode == 0 else []
 
 
+def ninja_file(target: Path, build: Path) -> str:
+    """The build as ninja rules: the ISA units with their own flags, the bindings, the link."""
+    import pybind11
+
+    isas = ISAS.get(platform.machine(), ["scalar"])
+    openmp = openmp_flags(build)
+    defines = [f"-DFASTGEN_HAS_{isa.upper()}" for isa in isas]
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    units = {
+        CSRC / "bindings.cpp": [*defines, *includes],
+        **{CSRC / f"isa_{isa}.cpp": [*KERNEL_FLAGS, *ISA_FLAGS[isa], *openmp] for isa in isas},
+    }
+    lines = [
+        f"cxx = {' '.join(compiler())}",
+        "rule compile",
+        f"  command = $cxx {' '.join(COMMON_FLAGS)} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx -shared $in -o $out {' '.join(openmp)}",
+    ]
+    objects = {source: build / f"{source.stem}.o" for source in units}
+    for source, flags in units.items():
+        lines += [f"build {objects[source]}: compile {source.resolve()}", f"  flags = {' '.join(flags)}"]
+    lines += [f"build {target}: link {' '.join(map(str, objects.values()))}", ""]
+    return "\n".join(lines)
+
+
 class BuildWithNinja(build_ext):
-    """Writes one ninja file: the ISA units with their own flags, the bindings, the link."""
+    """Compiles in parallel, and only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "native"
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        isas = ISAS.get(platform.machine(), ["scalar"])
-        openmp = openmp_flags(build)
-        defines = [f"-DFASTGEN_HAS_{isa.upper()}" for isa in isas]
-        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        units = {
-            CSRC / "bindings.cpp": [*defines, *includes],
-            **{CSRC / f"isa_{isa}.cpp": [*KERNEL_FLAGS, *ISA_FLAGS[isa], *openmp] for isa in isas},
-        }
-        quote = " ".join
-        lines = [
-            f"cxx = {quote(compiler())}",
-            "rule compile",
-            f"  command = $cxx {quote(COMMON_FLAGS)} $flags -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            f"  command = $cxx -shared $in -o $out {quote(openmp)}",
-        ]
-        objects = []
-        for source, flags in units.items():
-            objects.append(str(build / f"{source.stem}.o"))
-            lines += [f"build {objects[-1]}: compile {source.resolve()}", f"  flags = {quote(flags)}"]
-        lines += [f"build {target}: link {quote(objects)}", ""]
-        (build / "build.ninja").write_text("\n".join(lines))
         try:
-            subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], check=True)
+            (build / "build.ninja").write_text(ninja_file(target, build))
+            subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(build)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise CompileError(f"fastgen._C was not built, the PyTorch reference will serve: {error}") from error
 

@@ -19,17 +19,28 @@ INLINE vf reduce(vf x, vf& n) {
   return fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), x));
 }
 
-// e^x: 0 below -104, infinite above 89. Error < 1.1 ulp.
-INLINE vf exp(vf x) {
-  vf n;
-  const vf r = reduce(at_least(at_most(x, 89.0f), -104.0f), n);
+// e^r for |r| <= ln(2) / 2: degree-6 minimax polynomial.
+INLINE vf exp_reduced(vf r) {
   vf p = fma(splat(1.38183543e-3f), r, splat(8.36854056e-3f));
   p = fma(p, r, splat(4.16682921e-2f));
   p = fma(p, r, splat(0.166665226f));
   p = fma(p, r, splat(0.49999994f));
   p = fma(p, r, splat(1.0f));
-  p = fma(p, r, splat(1.0f));
-  return times_power_of_2(p, n);
+  return fma(p, r, splat(1.0f));
+}
+
+// e^x: 0 below -104, infinite above 89. Error < 1.1 ulp.
+INLINE vf exp(vf x) {
+  vf n;
+  const vf r = reduce(at_least(at_most(x, 89.0f), -104.0f), n);
+  return times_power_of_2(exp_reduced(r), n);
+}
+
+// e^x for x <= 88 without the cases of exp: 1.6e-38 below -87, where exp goes on to 0. Error < 1.1 ulp.
+INLINE vf exp_bounded(vf x) {
+  vf n;
+  const vf r = reduce(at_least(x, -87.0f), n);
+  return exp_reduced(r) * bits<vf>(bits<vu>(to_int(n) + 127) << 23);
 }
 
 // e^x - 1 without cancellation. Error < 1.6 ulp.

@@ -30,18 +30,19 @@ struct Tile {
   int64_t row, rows, begin, count, part;
 };
 
-// How [rows, event] is cut: into parts of rows (parts > 1) or into groups of whole rows.
+// How [rows, event] is cut: into parts of rows (parts > 1) or into groups of whole rows. Ops that spend much more on an element
+// than a few arithmetic operations take smaller tiles of `size` elements, and wake a second thread earlier.
 struct Tiling {
-  int64_t rows, event, parts, group, tiles;
-  Tiling(int64_t rows_, int64_t event_) : rows(rows_), event(event_) {
-    parts = max(1, ceil_div(event, TILE));
-    group = parts > 1 ? 1 : max(1, TILE / max(1, event));
+  int64_t rows, event, size, parts, group, tiles;
+  Tiling(int64_t rows_, int64_t event_, int64_t size_ = TILE) : rows(rows_), event(event_), size(size_) {
+    parts = max(1, ceil_div(event, size));
+    group = parts > 1 ? 1 : max(1, size / max(1, event));
     tiles = parts > 1 ? rows * parts : ceil_div(rows, group);
   }
   Tile tile(int64_t index) const {
     if (parts > 1) {
-      const int64_t row = index / parts, part = index % parts, begin = part * TILE;
-      return {row, 1, begin, min(TILE, event - begin), part};
+      const int64_t row = index / parts, part = index % parts, begin = part * size;
+      return {row, 1, begin, min(size, event - begin), part};
     }
     return {index * group, min(group, rows - index * group), 0, event, 0};
   }
@@ -50,7 +51,7 @@ struct Tiling {
   void run(int64_t threads, Body&& body) const {
     const int64_t batch = max(1, 8192 / TILE);  // amortises the loop of the thread pool
     const int64_t tasks = ceil_div(tiles, batch);
-    parallel_for(tasks, rows * event < SERIAL ? 1 : threads, [&](int64_t task) {
+    parallel_for(tasks, rows * event * (TILE / size) < SERIAL ? 1 : threads, [&](int64_t task) {
       for (int64_t i = task * batch; i < min(tiles, (task + 1) * batch); ++i) body(tile(i));
     });
   }

@@ -69,18 +69,29 @@ INLINE void store(T* p, V value) {
 
 // ---- shims --------------------------------------------------------------------------------------------------------
 
-INLINE void mul_wide(vu a, uint32_t b, vu& high, vu& low) {  // a * b as 64 bits
+#if defined(__AVX2__)
+// 64-bit lanes of which only the low words count: the machine multiplies them as they stand, and whatever products leave in
+// the high words is ignored by the next multiplication.
+using vd = uint64_t __attribute__((vector_size(4 * LANES)));
+INLINE vd multiply_low(vd a, uint32_t b) {  // low words times b, as 64 bits
 #if defined(__AVX512F__)
-  const __m512i va = (__m512i)a, vb = _mm512_set1_epi32((int)b);
-  const __m512i even = _mm512_mul_epu32(va, vb), odd = _mm512_mul_epu32(_mm512_srli_epi64(va, 32), vb);
-  high = (vu)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  low = (vu)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
-#elif defined(__AVX2__)
-  const __m256i va = (__m256i)a, vb = _mm256_set1_epi32((int)b);
-  const __m256i even = _mm256_mul_epu32(va, vb), odd = _mm256_mul_epu32(_mm256_srli_epi64(va, 32), vb);
-  high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  low = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-#elif defined(FASTGEN_NEON)
+  return (vd)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#else
+  return (vd)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#endif
+}
+INLINE vd low_words(vu a) { return bits<vd>(a); }
+INLINE vd high_words(vu a) { return bits<vd>(a) >> 32; }
+INLINE vu join_words(vd low, vd high) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_mask_blend_epi32(0xAAAA, (__m512i)low, (__m512i)(high << 32));
+#else
+  return (vu)_mm256_blend_epi32((__m256i)low, (__m256i)(high << 32), 0xAA);
+#endif
+}
+#else
+INLINE void multiply_wide(vu a, uint32_t b, vu& high, vu& low) {  // a * b as 64 bits
+#if defined(FASTGEN_NEON)
   const uint32x4_t va = (uint32x4_t)a;
   const uint64x2_t first = vmull_n_u32(vget_low_u32(va), b), second = vmull_n_u32(vget_high_u32(va), b);
   low = (vu)vuzp1q_u32(vreinterpretq_u32_u64(first), vreinterpretq_u32_u64(second));
@@ -91,6 +102,7 @@ INLINE void mul_wide(vu a, uint32_t b, vu& high, vu& low) {  // a * b as 64 bits
   low = (uint32_t)product;
 #endif
 }
+#endif
 
 INLINE vf to_float(vu a) {  // rounded once, to nearest even
 #if defined(__AVX512F__)
@@ -152,6 +164,17 @@ INLINE vf multiply_add(vf a, vf b, vf c) {
 }
 INLINE vf fma(vf a, vf b, vf c) { return multiply_add<false>(a, b, c); }
 
+INLINE vf sqrt_fast(vf a) {  // of a >= 0: to 2 ulp where the machine has a fast estimate
+#if defined(__AVX512F__)
+  // one Newton step on the 14-bit estimate of 1 / sqrt(a); the mask keeps 0 * infinity out
+  const vf y = (vf)_mm512_maskz_rsqrt14_ps(_mm512_cmp_ps_mask((__m512)a, _mm512_setzero_ps(), _CMP_GT_OQ), (__m512)a);
+  const vf root = a * y;
+  return fma(fma(root * -0.5f, y, splat(0.5f)), root, root);
+#else
+  return sqrt(a);
+#endif
+}
+
 // The smaller or the larger of x and the bound; NaN stays NaN. (The masked forms keep GCC 12 from warning of its headers.)
 INLINE vf at_most(vf x, float bound) {
 #if defined(__AVX512F__)
@@ -179,6 +202,25 @@ INLINE vf times_power_of_2(vf x, vf n) {
 #else  // in two factors, since 2^n itself may be out of range
   const vi k = to_int(n), half = k >> 1;
   return x * bits<vf>(bits<vu>(half + 127) << 23) * bits<vf>(bits<vu>(k - half + 127) << 23);
+#endif
+}
+
+INLINE vf larger(vf a, vf b) {  // b where either is NaN
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+INLINE vf reciprocal(vf a) {  // of normal numbers: 1 / a to 1 ulp, without the divider where that is slow
+#if defined(__AVX512F__)
+  const vf guess = (vf)_mm512_rcp14_ps((__m512)a);
+  return fma(fma(-a, guess, splat(1.0f)), guess, guess);
+#else
+  return 1.0f / a;
 #endif
 }
 
@@ -219,6 +261,44 @@ INLINE void transpose4(vf& a, vf& b, vf& c, vf& d) {
 #else
   (void)a, (void)b, (void)c, (void)d;  // one lane: the four words already stand in order
 #endif
+}
+
+// Columns 0 to 3 of a matrix of LANES rows, `stride` floats from row to row: lane i of a, b, c, d holds p[i * stride + 0 .. 3].
+INLINE void load_columns4(const float* p, int64_t stride, vf& a, vf& b, vf& c, vf& d) {
+#if defined(__AVX512F__)
+  const auto rows = [&](int64_t first) {
+    const __m512 one = _mm512_castps128_ps512(_mm_loadu_ps(p + first * stride));
+    const __m512 two = _mm512_insertf32x4(one, _mm_loadu_ps(p + (first + 4) * stride), 1);
+    const __m512 three = _mm512_insertf32x4(two, _mm_loadu_ps(p + (first + 8) * stride), 2);
+    return (vf)_mm512_insertf32x4(three, _mm_loadu_ps(p + (first + 12) * stride), 3);
+  };
+#elif defined(__AVX2__)
+  const auto rows = [&](int64_t first) {
+    const __m256 one = _mm256_castps128_ps256(_mm_loadu_ps(p + first * stride));
+    return (vf)_mm256_insertf128_ps(one, _mm_loadu_ps(p + (first + 4) * stride), 1);
+  };
+#else
+  const auto rows = [&](int64_t first) { return load<vf>(p + first * (LANES > 1 ? stride : 1)); };
+#endif
+  a = rows(0), b = rows(1), c = rows(2), d = rows(3);
+  transpose4(a, b, c, d);
+}
+INLINE void store_columns4(float* p, int64_t stride, vf a, vf b, vf c, vf d) {
+  transpose4(a, b, c, d);
+  const vf rows[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+    _mm_storeu_ps(p + i * stride, _mm512_castps512_ps128((__m512)rows[i]));
+    _mm_storeu_ps(p + (i + 4) * stride, _mm512_extractf32x4_ps((__m512)rows[i], 1));
+    _mm_storeu_ps(p + (i + 8) * stride, _mm512_extractf32x4_ps((__m512)rows[i], 2));
+    _mm_storeu_ps(p + (i + 12) * stride, _mm512_extractf32x4_ps((__m512)rows[i], 3));
+#elif defined(__AVX2__)
+    _mm_storeu_ps(p + i * stride, _mm256_castps256_ps128((__m256)rows[i]));
+    _mm_storeu_ps(p + (i + 4) * stride, _mm256_extractf128_ps((__m256)rows[i], 1));
+#else
+    store(p + i * (LANES > 1 ? stride : 1), rows[i]);
+#endif
+  }
 }
 
 // Which quartet each lane computes so that transpose4 leaves the elements in order: lane 4g + k holds k * LANES / 4 + g.

@@ -16,15 +16,17 @@ _INTERPRET = tl.constexpr(INTERPRET)
 
 ELEMENTS = 65536 if INTERPRET else 1024
 """Elements of a tile. The interpreter pays by the program, not by the element."""
+GENERATED = 65536 if INTERPRET else 2048
+"""The same where a kernel reads no tiles: registers are free, and 16 elements a thread share the round keys."""
 
 
-def tile(rows, event):
+def tile(rows, event, elements=ELEMENTS):
     """(ROWS, BLOCK) of a tile over [rows, event], powers of two: whole short rows, or a part of a long one.
 
     BLOCK is at least 16, so that four quartets a row keep accesses 16 bytes wide.
     """
-    block = max(16, min(ELEMENTS, triton.next_power_of_2(max(event, 1))))
-    return max(1, min(ELEMENTS // block, triton.next_power_of_2(max(rows, 1)))), block
+    block = max(16, min(elements, triton.next_power_of_2(max(event, 1))))
+    return max(1, min(elements // block, triton.next_power_of_2(max(rows, 1)))), block
 
 
 def options(fast):

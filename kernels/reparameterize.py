@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from fastgen.kernels._launch import key_stride, narrow, options, tile
 from fastgen.kernels._philox import normal_tile
+from fastgen.kernels._static import LAUNCHES, TYPES, StaticCase
 
 
 @triton.jit
@@ -84,3 +85,29 @@ def reparameterize_bwd(rows, event, mean, log_var, key, kept, grad_z, grad_kl, g
         KEPT=kept is not None, HAS_Z=grad_z is not None, HAS_KL=grad_kl is not None, KEY_STRIDE=key_stride(key), ROWS=ROWS,
         BLOCK=BLOCK, FAST=fast, **options(fast),
     )  # fmt: skip
+
+
+def static_cases():
+    cases = []
+    for dtype, rows, event, fast in LAUNCHES:
+        data, size = f"*{TYPES[dtype]}", 4 if dtype == "float32" else 2
+        ROWS, BLOCK = tile(rows, event)
+        trips = triton.cdiv(event, BLOCK)
+        what = f"{dtype} {rows}x{event} {'fast' if fast else 'exact'}"
+        common = {"KEY_STRIDE": 0, "ROWS": ROWS, "BLOCK": BLOCK, "FAST": fast}
+        sizes = {"rows": "i32", "event": "i32"}
+        inputs = {"p_mean": data, "p_log_var": data, "p_key": "*i64"}
+        forward = {**inputs, "p_given": None, "p_z": data, "p_kl": "*fp32", "p_kept": None, **sizes}
+        gradients = {"p_grad_z": data, "p_grad_kl": "*fp32", "p_grad_mean": data, "p_grad_log_var": data}
+        cases += [
+            StaticCase(
+                reparameterize_fwd_kernel, what, forward, {"GIVEN": False, "KEEP": False, **common}, options(fast),
+                elements=ROWS * BLOCK * trips, trips=trips, bytes_per_element=3 * size + 4 / event, wide=dtype == "float32",
+            ),
+            StaticCase(
+                reparameterize_bwd_kernel, what, {**inputs, "p_kept": None, **gradients, **sizes},
+                {"KEPT": False, "HAS_Z": True, "HAS_KL": True, **common}, options(fast),
+                elements=ROWS * BLOCK, bytes_per_element=5 * size + 4 / event, wide=dtype == "float32",
+            ),
+        ]  # fmt: skip
+    return cases

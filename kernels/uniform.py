@@ -2,8 +2,9 @@
 
 import triton
 import triton.language as tl
-from fastgen.kernels._launch import key_stride, narrow, options, tile
+from fastgen.kernels._launch import GENERATED, key_stride, narrow, options, tile
 from fastgen.kernels._philox import uniform_tile
+from fastgen.kernels._static import LAUNCHES, TYPES, StaticCase
 
 
 @triton.jit
@@ -19,6 +20,27 @@ def uniform_kernel(p_out, p_key, rows, event, KEY_STRIDE: tl.constexpr, ROWS: tl
 def uniform(out, rows, event, key):
     if not out.numel():
         return
-    ROWS, BLOCK = tile(rows, event)
+    ROWS, BLOCK = tile(rows, event, GENERATED)
     grid = (triton.cdiv(rows, ROWS) * triton.cdiv(event, BLOCK),)
     uniform_kernel[grid](out, key, rows, event, KEY_STRIDE=key_stride(key), ROWS=ROWS, BLOCK=BLOCK, **options(fast=False))
+
+
+def static_cases():
+    cases = []
+    for dtype, rows, event, fast in LAUNCHES:
+        if fast:
+            continue
+        ROWS, BLOCK = tile(rows, event, GENERATED)
+        cases.append(
+            StaticCase(
+                uniform_kernel,
+                f"{dtype} {rows}x{event}",
+                {"p_out": f"*{TYPES[dtype]}", "p_key": "*i64", "rows": "i32", "event": "i32"},
+                {"KEY_STRIDE": 0, "ROWS": ROWS, "BLOCK": BLOCK},
+                options(fast=False),
+                elements=ROWS * BLOCK,
+                bytes_per_element=4 if dtype == "float32" else 2,
+                wide=dtype == "float32",
+            )
+        )
+    return cases

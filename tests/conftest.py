@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -23,11 +24,18 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--slow", choices=("none", "sample", "all"), default="sample", help="slow tests to run: none, every fourth, or all"
+    )
+
+
 def pytest_collection_modifyitems(config, items):
-    """GPU tests are skipped where there is no GPU; `-m gpu` on a machine without one says so."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="no CUDA device")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+    """Leaves out GPU tests where there is no GPU, and the slow tests that were not asked for."""
+    wanted = "all" if "slow" in config.option.markexpr else config.option.slow
+    leave_out = [item for item in items if "gpu" in item.keywords and not torch.cuda.is_available()]
+    # by name, not by place: adding a test does not change which others run
+    share = {"none": 0, "sample": 1, "all": 4}[wanted]
+    leave_out += [i for i in items if "slow" in i.keywords and zlib.crc32(i.nodeid.encode()) % 4 >= share]
+    config.hook.pytest_deselected(items=leave_out)
+    items[:] = [item for item in items if item not in set(leave_out)]

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from fastgen.random import fresh_key
 
-__all__ = ["as_rows", "common", "device_of", "noise_like", "prepare_key", "sample_shape"]
+__all__ = [
+    "as_rows",
+    "coefficient_rows",
+    "common",
+    "constant",
+    "dense",
+    "device_of",
+    "is_channels_last",
+    "noise_like",
+    "prepare_key",
+    "sample_shape",
+]
 
 
 def common(**tensors: Tensor) -> list[Tensor]:
@@ -23,9 +34,11 @@ def common(**tensors: Tensor) -> list[Tensor]:
     values = list(tensors.values())
     first = values[0]
     if type(first) is Tensor:  # the usual case at the least cost: nothing to change
-        dtype, shape, device = first.dtype, first.shape, first.get_device()
+        dtype, shape, cpu, index = first.dtype, first.shape, first.is_cpu, first.get_device()
         for v in values:
-            if type(v) is not Tensor or v.dtype is not dtype or v.shape != shape or v.get_device() != device:
+            if type(v) is not Tensor or v.dtype is not dtype or v.shape != shape:
+                break
+            if v.is_cpu is not cpu or v.get_device() != index:
                 break
         else:
             if dtype.is_floating_point and shape:
@@ -70,16 +83,54 @@ def prepare_key(key: Tensor | None, samples: int, device: torch.device | None) -
     return key.contiguous()
 
 
-def noise_like(noise: Tensor, like: Tensor, name: str = "noise") -> Tensor:
-    """Given noise as contiguous float32 (float64 stays), checked against the shape and device of ``like``."""
+def noise_like(noise: Tensor, like: Tensor, name: str = "noise", *, channels_last: bool = False) -> Tensor:
+    """Given noise as dense float32 (float64 stays), checked against the shape and device of ``like``."""
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {getattr(noise, 'dtype', type(noise).__name__)}")
     if noise.shape != like.shape or noise.device != like.device:
         raise ValueError(
             f"{name} must have shape {tuple(like.shape)} on {like.device}, got {tuple(noise.shape)} on {noise.device}"
         )
+    return dense(constant(noise, like), channels_last)
+
+
+def constant(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in float32, or float64 if ``like`` is, cut off from autograd; itself where it is so already."""
     dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-    return noise.detach().to(dtype).contiguous()
+    if x.dtype is not dtype:
+        x = x.to(dtype)
+    return x.detach() if x.requires_grad else x
+
+
+def coefficient_rows(coefficients: Tensor, columns: int, like: Tensor, name: str = "coefficients") -> Tensor:
+    """A coefficient table [columns] or [samples of ``like``, columns] as contiguous float32, constant for autograd.
+
+    Where ``like`` is float64 the table is too.
+
+    Raises:
+        TypeError: if it is not a floating-point tensor.
+        ValueError: for another shape, or another device than that of ``like``.
+    """
+    if not isinstance(coefficients, Tensor) or not coefficients.is_floating_point():
+        raise TypeError(
+            f"{name} must be a floating-point tensor, got {getattr(coefficients, 'dtype', type(coefficients).__name__)}"
+        )
+    shape, samples = coefficients.shape, like.shape[0]
+    if shape != (columns,) and shape != (samples, columns):
+        raise ValueError(f"{name} must have shape [{columns}] or [{samples}, {columns}], got {list(shape)}")
+    if coefficients.device != like.device:
+        raise ValueError(f"{name} is on {coefficients.device}, expected {like.device}")
+    return constant(coefficients, like).contiguous()
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the images of ``x`` [N, C, H, W] lie in memory channels last, and not in logical order as well."""
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def dense(x: Tensor, channels_last: bool = False) -> Tensor:
+    """``x`` in one of the two layouts that kernels read: itself where it has it, else a copy."""
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def sample_shape(shape: Sequence[int]) -> tuple[int, ...]:

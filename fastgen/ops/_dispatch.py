@@ -8,7 +8,9 @@ tensors. A choice somebody made and that cannot be met raises and says why; the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import os
@@ -84,6 +86,15 @@ def is_fast(math: str | None) -> bool:
     return (_state.math if math is None else _checked(math, MATHS, "math")) == "fast"
 
 
+@functools.cache
+def triton_version() -> str | None:
+    """The version of the Triton that is installed; None without one. Does not import it."""
+    try:
+        return importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
+    except ImportError:
+        return None
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -98,7 +109,7 @@ def _generic_reason(spec: OpSpec, backend: str, dtype: torch.dtype, device: torc
         if device.type != "cpu":
             return f"tensors are on {device}, the C++ kernels run on the CPU"
         return _native.missing()
-    if importlib.util.find_spec("triton") is None:
+    if triton_version() is None:
         return "triton is not installed"
     if device.type == "cpu" and not _interpreting():
         return "tensors are on the CPU, where Triton runs only under TRITON_INTERPRET=1"
@@ -179,7 +190,6 @@ def explain(name: str, *args: Any, **kwargs: Any) -> str:
 def info() -> dict[str, Any]:
     """What serves the ops in this process: backends, instruction sets, and why others are missing."""
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    triton = importlib.util.find_spec("triton")
     return {
         "backend": _state.backend or "automatic",
         "math": _state.math,
@@ -187,7 +197,7 @@ def info() -> dict[str, Any]:
         "isa": _native.current_isa(),
         "isas": _native.available_isas(),
         "cpp": _native.missing() or "loaded",
-        "triton": importlib.import_module("importlib.metadata").version("triton") if triton else "not installed",
+        "triton": triton_version() or "not installed",
         "device": str(device),
         "ops": {
             spec.name: {b: _generic_reason(spec, b, torch.float32, device) or "can serve" for b in BACKENDS}

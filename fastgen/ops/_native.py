@@ -93,4 +93,5 @@ def add_table(isa: str, table: dict[str, Callable[..., None]]) -> None:
 
 def kernel(name: str) -> Callable[..., Any]:
     """The CPU kernel of a name, for the instruction set in use."""
+    ready()
     return _table[name]

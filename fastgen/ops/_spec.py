@@ -20,7 +20,8 @@ class OpSpec:
         name: the stem: fastgen/ops/NAME.py, kernels/NAME.py, csrc/ops/NAME.h, tests/ops/test_NAME.py.
         function: the public function; takes ``backend=`` besides the inputs.
         reference: plain PyTorch with the same arguments; its own autograd is the truth for gradients.
-        outputs: name of each output -> precision class: "exact", "elementwise", "reduction" or "iterative".
+        outputs: name of each output -> precision class: "exact", "elementwise", "reduction", "iterative" or
+            "conditioned".
         gradients: names of the inputs that gradients flow to.
         example_inputs: ``(rows, event, *, dtype, device, generator, **flags)`` -> keyword arguments of ``function``.
         flags: values that the options of ``example_inputs`` may take; tests draw from them, the first is the default.
@@ -30,6 +31,7 @@ class OpSpec:
         dtypes: storage types of the fused backends.
         gradient_precision: precision class of the gradients.
         samplewise: row i of the outputs depends on row i of the inputs alone.
+        needs_key: there is no default for ``key``: the op repeats noise that another has drawn.
         supports: ``(backend, inputs)`` -> None, or a sentence that says why that backend cannot serve.
     """
 
@@ -46,6 +48,7 @@ class OpSpec:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     gradient_precision: str = "elementwise"
     samplewise: bool = True
+    needs_key: bool = False
     supports: Callable[[str, dict[str, Any]], str | None] | None = None
 
     def __post_init__(self) -> None:

@@ -22,6 +22,11 @@ BOUNDS = {
     ("elementwise", torch.float16): (2.0**-11, 1e-6),
     ("reduction", torch.float32): (2e-6, 2e-6),
     ("iterative", torch.float32): (1e-5, 1e-5),
+    # splines: a knot is known to 1e-7 of the interval, which gradients of log_det amplify by (interval / bin)^2. PyTorch in
+    # float32 is as far off: tests/ops/test_rq_spline.py holds the kernels to its errors
+    ("conditioned", torch.float32): (5e-4, 5e-4),
+    ("conditioned", torch.bfloat16): (2.0**-8 + 5e-4, 5e-4),
+    ("conditioned", torch.float16): (2.0**-11 + 5e-4, 5e-4),
 }
 
 

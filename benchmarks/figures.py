@@ -1,0 +1,53 @@
+"""The published figures: what is compared with what, and how far ahead fastgen means to be. Data only."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from benchmarks.workload import Workload
+
+__all__ = ["FIGURES", "Figure"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One row of the table of figures.
+
+    Attributes:
+        work: what is done, in words.
+        op, rows, event, mode, flags, dtype: the workload that does it.
+        against: names of providers (peers, "reference", "compile"); with several, the fastest counts. Empty: a time.
+        target: how many times faster than ``against``; microseconds if ``against`` is empty.
+        floor: below which (above which, for a time) the figure is not reached; None: the target.
+    """
+
+    work: str
+    op: str
+    rows: int
+    event: tuple[int, ...]
+    against: tuple[str, ...]
+    target: float
+    floor: float | None = None
+    mode: str = "fwd"
+    flags: tuple[tuple[str, Any], ...] = ()
+    dtype: str = "float32"
+
+    @property
+    def workload(self) -> Workload:
+        return Workload(self.op, self.rows, self.event, self.mode, self.flags, self.dtype)
+
+
+_RANDN = ("torch.randn",)
+_GENERATORS = ("diffusers randn_tensor, one generator a sample",)
+_EAGER, _COMPILED = ("eager PyTorch",), ("torch.compile of it",)
+
+FIGURES = (
+    Figure("normal, 2^22, exact", "normal", 1024, (4096,), _RANDN, 4),
+    Figure("normal, 2^22, fast", "normal", 1024, (4096,), _RANDN, 7, flags=(("math", "fast"),)),
+    Figure("normal 64x3x32x32, a seed per sample", "normal", 64, (3, 32, 32), _GENERATORS, 5, flags=(("per_sample", True),)),
+    Figure("reparameterize 512x256, forward + backward", "reparameterize", 512, (256,), _EAGER, 6, mode="fwdbwd"),
+    Figure("reparameterize 64x16, forward + backward", "reparameterize", 64, (16,), _EAGER, 3, mode="fwdbwd"),
+    Figure("reparameterize 512x256, forward + backward", "reparameterize", 512, (256,), _COMPILED, 3, mode="fwdbwd"),
+    Figure("reparameterize 4x16, no gradients", "reparameterize", 4, (16,), (), 10),
+)

@@ -1,0 +1,139 @@
+"""Named peers of the ops: what a user would call without fastgen.
+
+``PEERS[op]`` lists them. ``build(inputs, mode)`` takes one input set of the op and returns a call without arguments;
+packages are imported inside, so that a missing one costs a line in the table and nothing else. ``check(inputs)`` says
+whether the peer does the same work, by statistics or with injected noise, and raises ``ParityError``; without it the
+result of the call is compared with the reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.parity import ParityError, check_normal
+from benchmarks.workload import bind
+
+__all__ = ["PEERS", "Peer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """One way to do the work of an op elsewhere.
+
+    Attributes:
+        name: as in the table.
+        build: ``(inputs, mode)`` -> call without arguments.
+        check: ``(inputs)``; raises ParityError. None: results are compared with the reference.
+        when: whether the peer does what the op does under these flags (those that differ from the default).
+        modes: modes that it has.
+    """
+
+    name: str
+    build: Callable[[dict[str, Any], str], Callable[[], Any]]
+    check: Callable[[dict[str, Any]], None] | None = None
+    when: Callable[[Mapping[str, Any]], bool] = lambda flags: True
+    modes: tuple[str, ...] = ("fwd", "fwdbwd")
+
+
+def _torch_randn(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
+    shape, dtype, device = inputs["shape"], inputs["dtype"], inputs["key"].device
+    return lambda: torch.randn(shape, dtype=dtype, device=device)
+
+
+def _check_randn(inputs: dict[str, Any]) -> None:
+    check_normal(_torch_randn(inputs, "fwd")(), inputs["shape"])
+
+
+def _diffusers_randn(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
+    """One generator per sample, made beforehand: the documented way to samples that do not depend on their batch."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    shape, dtype, device = inputs["shape"], inputs["dtype"], inputs["key"].device
+    seeds = inputs["key"][:, 0].tolist()
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    return lambda: randn_tensor(shape, generator=generators, device=device, dtype=dtype)
+
+
+def _check_diffusers_randn(inputs: dict[str, Any]) -> None:
+    check_normal(_diffusers_randn(inputs, "fwd")(), inputs["shape"])
+
+
+def _torch_rand(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
+    shape, dtype, device = inputs["shape"], inputs["dtype"], inputs["key"].device
+    return lambda: torch.rand(shape, dtype=dtype, device=device)
+
+
+def _check_rand(inputs: dict[str, Any]) -> None:
+    u = _torch_rand(inputs, "fwd")().double()
+    if not (u.min() >= 0 and u.max() <= 1 and abs(float(u.mean()) - 0.5) <= 7 * (12 * u.numel()) ** -0.5):
+        raise ParityError("not uniform on [0, 1]")
+
+
+def _eager_reparameterize(mean: Tensor, log_var: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As training scripts have it."""
+    std = torch.exp(0.5 * log_var)
+    eps = torch.randn_like(std) if noise is None else noise
+    z = mean + std * eps
+    kl = -0.5 * torch.sum(1 + log_var - mean.pow(2) - log_var.exp(), dim=tuple(range(1, mean.dim())))
+    return z, kl
+
+
+@functools.cache
+def _compiled_reparameterize() -> Callable[..., Any]:
+    return torch.compile(_eager_reparameterize, dynamic=False)
+
+
+def _reparameterize(function: Callable[[], Callable[..., Any]]) -> Callable[[dict[str, Any], str], Callable[[], Any]]:
+    def build(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
+        arguments: dict[str, Any] = {name: inputs[name] for name in ("mean", "log_var", "noise") if name in inputs}
+        return bind(function(), arguments, mode, ("mean", "log_var"))
+
+    return build
+
+
+def _check_reparameterize(function: Callable[[], Callable[..., Any]]) -> Callable[[dict[str, Any]], None]:
+    def check(inputs: dict[str, Any]) -> None:
+        from fastgen.ops.reparameterize import reparameterize_reference
+
+        mean, log_var = inputs["mean"], inputs["log_var"]
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3)).to(mean)
+        results = function()(mean, log_var, noise)
+        expected = reparameterize_reference(mean.double(), log_var.double(), noise=noise.double())
+        bound = 1e-3 if mean.dtype.itemsize >= 4 else 2e-2
+        for name, got, want in zip(("z", "kl"), results, expected, strict=True):
+            if not torch.allclose(got.double(), want, rtol=bound, atol=bound):
+                raise ParityError(f"{name} differs from the reference on the same noise")
+
+    return check
+
+
+PEERS: dict[str, list[Peer]] = {
+    "normal": [
+        Peer("torch.randn", _torch_randn, _check_randn),
+        Peer(
+            "diffusers randn_tensor, one generator a sample",
+            _diffusers_randn,
+            _check_diffusers_randn,
+            when=lambda flags: bool(flags.get("per_sample")),
+        ),
+    ],
+    "uniform": [Peer("torch.rand", _torch_rand, _check_rand)],
+    "reparameterize": [
+        Peer(
+            "eager PyTorch",
+            _reparameterize(lambda: _eager_reparameterize),
+            _check_reparameterize(lambda: _eager_reparameterize),
+        ),
+        Peer(
+            "torch.compile of it",
+            _reparameterize(_compiled_reparameterize),
+            _check_reparameterize(_compiled_reparameterize),
+        ),
+    ],
+}

@@ -1,0 +1,71 @@
+"""``fastgen sample``: draw from a trained model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastgen.cli import options, show
+
+__all__ = ["sample"]
+
+
+def _parse_ids(text: str) -> range:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise ValueError(f"--ids takes A:B with 0 <= A < B (B is left out), got {text!r}")
+    return range(int(first), int(last))
+
+
+def sample(
+    run: options.RunDirectory,
+    n: Annotated[
+        int | None, typer.Option("-n", "--number", min=1, metavar="N", help="How many samples.", show_default="64")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|FOLDER", help="FILE.png (a grid), .npz, .safetensors, or a folder.", show_default="DIR/samples.png"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="S", help="Sample i is a function of seed and i alone.")] = 0,
+    ids: Annotated[str | None, typer.Option(metavar="A:B", help="Redraw samples A .. B-1 of a run.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Samples drawn at a time.")] = 64,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="The network sees exactly this many: the same bits in any run.")
+    ] = None,
+    device: options.Device = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the model's sample().")
+    ] = None,
+) -> None:
+    """Draw samples from a run to a file or folder."""
+    import fastgen
+
+    if n is not None and ids is not None:
+        raise ValueError("-n and --ids exclude each other")
+    chosen = None if ids is None else _parse_ids(ids)
+    count = len(chosen) if chosen is not None else (n or 64)
+    options.check_device(device)
+    model = fastgen.load(run, device=device)
+    values = options.parse_settings(settings or [], options.sample_types(model), f"sample() of {type(model).__name__}")
+    target = out or run / "samples.png"
+    begin = time.perf_counter()
+    where = fastgen.sample(
+        model,
+        None if chosen is not None else count,
+        ids=chosen,
+        seed=seed,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        out=target,
+        device=device,
+        progress=sys.stderr.isatty(),
+        **values,
+    )
+    seconds = time.perf_counter() - begin
+    show.line(f"{count:,} samples in {show.duration(seconds)} ({show.amount(count / seconds)}/s) -> {where}")

@@ -1,0 +1,283 @@
+"""The runner end to end on tiny work: what it prints and writes, and what it refuses to time."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import __main__ as runner_main
+from benchmarks import peers, report, revision
+from benchmarks.figures import FIGURES
+from benchmarks.machine import LoadWatch, level_of
+from benchmarks.measure import Timing, peak_bytes, quantiles, time_rounds
+from benchmarks.parity import ParityError, check_normal
+from benchmarks.peers import PEERS, Peer
+from benchmarks.runner import ALL, WRONG, Row, run_workload
+from benchmarks.workload import Workload, bind, sweep
+from fastgen.ops import _native, all_specs
+
+FAST = ["--seconds", "0.001", "--rounds", "1"]
+TINY = Workload("reparameterize", 64, (16,), "fwdbwd")
+needs_kernels = pytest.mark.skipif(_native.missing() is not None, reason="no compiled kernels")
+
+
+def run(*arguments):
+    return runner_main.main([*FAST, *arguments])
+
+
+@needs_kernels
+def test_end_to_end(tmp_path, capsys):
+    out = tmp_path / "results" / "run.json"
+    assert run("--op", "reparameterize", "--size", "64x16", "--backend", "reference,cpp,peers", "--json", str(out)) == 0
+    text = capsys.readouterr().out
+    assert "control (fused op against itself)" in text
+    assert "eager PyTorch" in text
+
+    document = json.loads(out.read_text())
+    assert document["schema"] == report.SCHEMA
+    machine = document["machine"]
+    assert {"cpu", "isa", "threads", "torch", "commit", "dirty", "date", "caches"} <= set(machine)
+    rows = [row for row in document["rows"] if row["status"] == "ok"]
+    providers = {"cpp", "reference", "eager PyTorch", "torch.compile of it"}
+    assert {(r["mode"], r["provider"]) for r in rows} == {(m, p) for m in ("fwd", "fwdbwd") for p in providers}
+    for row in rows:
+        assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes_moved"] / row["median_us"] / 1e3)
+        assert row["copy_share"] == pytest.approx(row["gb_per_s"] / row["copy_gb_per_s"])
+        assert row["control"] > 0
+        assert isinstance(row["contended"], bool)
+        assert row["threads"] == torch.get_num_threads()
+        assert (row["fused"], row["isa"]) == (row["provider"] == "cpp", machine["isa"])
+        assert row["peak_bytes"] >= 64 * 16 * 4
+    assert all(row["ratio"] == 1 for row in rows if row["fused"])
+    assert report.read(out)[1] == [Row(**row) for row in document["rows"]]
+
+
+@needs_kernels
+def test_wrong_kernel_is_not_timed(monkeypatch, capsys):
+    kernel = _native.kernel
+
+    def wrong(name):
+        def call(*arguments):
+            kernel(name)(*arguments)
+            z = arguments[8]
+            z[-1, -1] += 1e-3
+
+        return call if name == "reparameterize_fwd" else kernel(name)
+
+    monkeypatch.setattr(_native, "kernel", wrong)
+    assert run("--op", "reparameterize", "--size", "64x16", "--mode", "fwd", "--backend", "reference,cpp") == 1
+    assert "z is off by" in capsys.readouterr().out
+    [row] = run_workload(Workload("reparameterize", 64, (16,)), backends=["reference", "cpp"], seconds=0, min_rounds=1)
+    assert row.provider == ALL
+    assert row.status.startswith(WRONG)
+    assert row.median_us is None
+
+
+@needs_kernels
+def test_wrong_gradient_is_not_timed(monkeypatch):
+    kernel = _native.kernel
+
+    def wrong(name):
+        def call(*arguments):
+            kernel(name)(*arguments)
+            arguments[11].mul_(1.001)
+
+        return call if name == "reparameterize_bwd" else kernel(name)
+
+    monkeypatch.setattr(_native, "kernel", wrong)
+    [row] = run_workload(TINY, backends=["cpp"], seconds=0, min_rounds=1)
+    assert row.status.startswith(WRONG)
+    assert "gradient of log_var" in row.status
+
+
+def test_missing_and_wrong_peers_cost_one_line(monkeypatch):
+    def missing(inputs, mode):
+        import a_package_that_is_not_there
+
+        return a_package_that_is_not_there
+
+    def zeros(inputs, mode):
+        return lambda: (torch.zeros_like(inputs["mean"]), torch.zeros(len(inputs["mean"])))
+
+    monkeypatch.setitem(PEERS, "reparameterize", [Peer("missing", missing), Peer("wrong", zeros)])
+    rows = run_workload(Workload("reparameterize", 4, (3,)), backends=["reference", "peers"], seconds=0, min_rounds=1, sets=2)
+    status = {row.provider: row.status for row in rows}
+    assert status["reference"] == "ok"
+    assert status["missing"].startswith("not installed: a_package_that_is_not_there")
+    assert status["wrong"].startswith(WRONG)
+
+
+def test_backend_that_cannot_serve_says_why(monkeypatch):
+    monkeypatch.setattr(_native, "missing", lambda: "no kernels here")
+    rows = run_workload(Workload("normal", 4, (3,)), backends=["reference", "cpp"], seconds=0, min_rounds=1, sets=2)
+    status = {row.provider: row.status for row in rows}
+    assert "no kernels here" in status["cpp"]
+    assert status["reference"] == "ok"
+    assert all(row.ratio is None for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--op", "nothing"], "--op takes some of"),
+        (["--mode", "bwd"], "--mode takes some of"),
+        (["--backend", "cuda"], "--backend takes some of"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--size", "7x7x7"], "no workload is left"),
+        (["--base", "no-such-revision"], "git worktree"),
+    ],
+)
+def test_bad_arguments(arguments, words, capsys):
+    assert run(*arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_figures_refer_to_what_exists():
+    providers = {"reference", "compile"}
+    for figure in FIGURES:
+        workload = figure.workload
+        assert figure.op in all_specs()
+        assert workload.has_mode()
+        assert all(value in workload.spec.flags[name] for name, value in figure.flags)
+        named = {p.name for p in PEERS.get(figure.op, []) if p.when(dict(figure.flags)) and figure.mode in p.modes}
+        assert set(figure.against) <= named | providers, figure.work
+        assert workload.inputs("cpu", 1)
+        assert figure.floor is None or figure.floor != figure.target
+    assert set(PEERS) <= set(all_specs())
+
+
+@needs_kernels
+def test_figure_table(capsys):
+    assert run("--figures", "--op", "reparameterize", "--size", "4x16") in (0, 1)
+    table = capsys.readouterr().out.split("\n\n")[-1]
+    assert table.count("\n| ") >= 2
+    for line in table.splitlines():
+        assert line.count("|") == 7 or not line.startswith("|")
+
+
+def test_figure_takes_the_fastest_rival():
+    def row(provider, **values):
+        common = {
+            "op": "normal",
+            "shape": "4x3",
+            "size": "extra",
+            "cache": "L1",
+            "mode": "fwd",
+            "dtype": "float32",
+            "flags": {},
+        }
+        return Row(**common, provider=provider, median_us=1.0, p20_us=1.0, p80_us=1.0, ratio_p20=0, ratio_p80=9, **values)
+
+    figure = report.Figure("work", "normal", 4, (3,), ("slow", "quick"), 5, floor=3)
+    rows = [row("cpp", fused=True, ratio=1.0, copy_share=0.5), row("slow", ratio=8.0), row("quick", ratio=4.0)]
+    line = report.figure_table([figure], rows).splitlines()[-1]
+    assert "| quick | 5x, at least 3x | 4.00x" in line
+    assert "not reached" not in line
+    rows[2].ratio = 2.5
+    assert "2.50x (0.00 to 9.00), not reached" in report.figure_table([figure], rows)
+
+
+def test_sweep_covers_every_op_and_adds_the_figures():
+    found = sweep(list(all_specs()), ["fwd", "fwdbwd"], [figure.workload for figure in FIGURES])
+    assert {w.op for w in found} == set(all_specs())
+    assert {figure.workload for figure in FIGURES} <= set(found)
+    assert len(set(found)) == len(found)
+    assert not [w for w in found if w.mode == "fwdbwd" and not w.spec.gradients]
+    assert {w.size for w in sweep(["normal"], ["fwd"], size="large")} == {"large"}
+
+
+def test_rounds_interleave_and_rotate():
+    seen = []
+    providers = {
+        name: [lambda name=name, i=i: seen.append((name, i)) or math.factorial(9000) for i in range(3)] for name in "ab"
+    }
+    times = time_rounds(providers, seconds=0, min_rounds=6)
+    assert {len(t.seconds) for t in times.values()} == {6}
+    assert {t.inner for t in times.values()} == {1}
+    rounds = [seen[i : i + 2] for i in range(len(seen) - 12, len(seen), 2)]
+    assert all({name for name, _ in pair} == {"a", "b"} for pair in rounds)
+    assert [{i for _, i in pair} for pair in rounds] == [{0}, {1}, {2}] * 2
+    assert len({pair[0][0] for pair in rounds}) == 2, "the order is not random"
+
+
+def test_short_calls_are_timed_in_loops():
+    times = time_rounds({"nothing": [lambda: None]}, seconds=0, min_rounds=2)
+    assert times["nothing"].inner > 1000
+
+
+def test_statistics():
+    found = quantiles([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (found.p20, found.median, found.p80) == pytest.approx((1.8, 3.0, 4.2))
+    ratio = Timing([2.0, 8.0, 4.0], 1).over(Timing([1.0, 2.0, 4.0], 1))
+    assert ratio.median == 2.0, "the median of the ratios, not the ratio of the medians"
+
+
+def test_peak_memory():
+    def call():
+        first = torch.empty(1 << 18)
+        second = torch.empty(1 << 17)
+        del first
+        return second, torch.empty(1 << 16)
+
+    assert peak_bytes(call, "cpu") == 6 << 18
+
+
+def test_gradients_have_the_same_weights_in_any_precision():
+    inputs = TINY.inputs("cpu", 1)[0]
+    plain = TINY.for_reference(inputs)
+    narrow = bind(TINY.spec.reference, plain, "fwdbwd", TINY.spec.gradients)()
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in plain.items()}
+    for a, b in zip(narrow, bind(TINY.spec.reference, wide, "fwdbwd", TINY.spec.gradients)(), strict=True):
+        assert torch.allclose(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_normal_check_finds_what_is_not_normal():
+    z = torch.randn(64, 1024)
+    check_normal(z, (64, 1024))
+    for wrong in (z * 1.05, z + 0.05, torch.rand(64, 1024) * 12**0.5 - 3**0.5, z.abs()):
+        with pytest.raises(ParityError):
+            check_normal(wrong, (64, 1024))
+    with pytest.raises(ParityError, match="shape"):
+        check_normal(z, (64, 1023))
+
+
+def test_peer_checks_find_other_work():
+    inputs = Workload("reparameterize", 64, (16,)).inputs("cpu", 1)[0]
+    check = peers._check_reparameterize
+    check(lambda: peers._eager_reparameterize)(inputs)
+    with pytest.raises(ParityError, match="kl differs"):
+        check(lambda: lambda m, v, e: (peers._eager_reparameterize(m, v, e)[0], torch.zeros(len(m))))(inputs)
+
+
+def test_load_is_noticed(monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (3.0, 0.0, 0.0))
+    assert "load is 3.00" in LoadWatch.busy_before(2, started=True)
+    assert LoadWatch.busy_before(3, started=False)
+
+
+def test_cache_levels(monkeypatch):
+    monkeypatch.setattr("benchmarks.machine.caches", lambda: {"L1": 100, "L2": 1000})
+    assert [level_of(n) for n in (100, 101, 1001)] == ["L1", "L2", "DRAM"]
+
+
+def test_changes_pair_what_both_sides_timed():
+    def rows(**times):
+        common = {
+            "op": "normal",
+            "shape": "4x3",
+            "size": "extra",
+            "cache": "L1",
+            "mode": "fwd",
+            "dtype": "float32",
+            "flags": {},
+        }
+        return [Row(**common, provider=name, median_us=value) for name, value in times.items()]
+
+    pairs = [(rows(cpp=2.0, old=1.0), rows(cpp=1.0, new=1.0)), (rows(cpp=6.0), rows(cpp=2.0)), (rows(cpp=8.0), rows(cpp=2.0))]
+    [change] = revision.changes(pairs)
+    assert (change.provider, change.ratio.median, change.now_us) == ("cpp", 3.0, 2.0)
+    assert "3.000" in revision.table([change], "HEAD")

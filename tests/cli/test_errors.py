@@ -1,0 +1,145 @@
+"""Input that cannot be used: one line that names the culprit, exit code 2, no traceback. Defects keep theirs."""
+
+from __future__ import annotations
+
+import builtins
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastgen import cli
+from fastgen.cli import main
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with unusable data of each kind."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("corrupt/a").mkdir(parents=True)
+    Path("corrupt/a/broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    np.save("cube.npy", np.zeros((2, 3, 4, 5, 6), np.float32))
+    np.save("nan.npy", np.full((8, 4), np.nan, np.float32))
+    np.save("fine.npy", np.random.default_rng(0).random((40, 4), np.float32))
+    Path("text.npy").write_text("hello")
+    Path("notrun").mkdir()
+    Path("badrun").mkdir()
+    Path("badrun/config.json").write_text("{")
+    return tmp_path
+
+
+TRAIN = ["--steps", "2", "--batch-size", "4", "--out", "run"]
+
+CASES = {
+    "unknown command": (["trian"], ["trian", "train"]),
+    "unknown option": (["train", "vae", "--stpes", "3"], ["--stpes"]),
+    "option of the wrong type": (["train", "vae", "--steps", "many"], ["--steps"]),
+    "option out of range": (["train", "vae", "--steps", "0"], ["--steps", "1"]),
+    "no model": (["train"], ["MODEL", "--resume"]),
+    "unknown model": (["train", "vea", *TRAIN], ["'vea'", "vae"]),
+    "unknown data": (["train", "vae", "--data", "mnist5kk", *TRAIN], ["mnist5kk", "mnist5k"]),
+    "missing path": (["train", "vae", "--data", "no/such/folder", *TRAIN], ["no/such/folder"]),
+    "empty folder": (["train", "vae", "--data", "empty", *TRAIN], ["empty"]),
+    "corrupt image": (["train", "vae", "--data", "corrupt", *TRAIN], ["broken.png"]),
+    "array of a wrong shape": (["train", "vae", "--data", "cube.npy", *TRAIN], ["cube.npy", "5"]),
+    "array with NaN": (["train", "vae", "--data", "nan.npy", *TRAIN], ["nan.npy"]),
+    "no array": (["train", "vae", "--data", "text.npy", *TRAIN], ["text.npy"]),
+    "unknown config field": (["train", "vae", "--data", "fine.npy", "--set", "latnet=2", *TRAIN], ["'latnet'", "'latent'"]),
+    "config value of a wrong type": (["train", "vae", "--data", "fine.npy", "--set", "latent=two", *TRAIN], ["latent", "two"]),
+    "setting without a value": (["train", "vae", "--data", "fine.npy", "--set", "latent", *TRAIN], ["key=value", "'latent'"]),
+    "unknown precision": (["train", "vae", "--data", "fine.npy", "--precision", "float8", *TRAIN], ["precision", "float8"]),
+    "ema out of range": (["train", "vae", "--data", "fine.npy", "--ema", "2", *TRAIN], ["ema", "2"]),
+    "unknown device": (["train", "vae", "--data", "fine.npy", "--device", "gpu", *TRAIN], ["device", "gpu"]),
+    "resume of nothing": (["train", "--resume", "nowhere"], ["nowhere"]),
+    "resume of no run": (["train", "--resume", "notrun"], ["notrun", "config.json"]),
+    "resume and a model": (["train", "vae", "--resume", "notrun"], ["--resume", "MODEL"]),
+    "resume and new settings": (["train", "--resume", "notrun", "--set", "latent=3"], ["--resume", "--set"]),
+    "sample of nothing": (["sample", "nowhere"], ["nowhere"]),
+    "sample of a corrupt run": (["sample", "badrun"], ["badrun", "corrupt"]),
+    "sample ids": (["sample", "notrun", "--ids", "7:3"], ["--ids", "'7:3'"]),
+    "sample ids and count": (["sample", "notrun", "-n", "3", "--ids", "0:3"], ["-n", "--ids"]),
+    "evaluate nothing": (["evaluate", "nowhere"], ["nowhere"]),
+    "list of an unknown kind": (["list", "colours"], ["colours"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_that_names_the_culprit(case: str, places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv, culprits = CASES[case]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastgen: error: ")
+    assert err.count("\n") == 1
+    for culprit in culprits:
+        assert culprit in err
+
+
+def test_no_run_directory_is_left_behind(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "vae", "--data", "fine.npy", "--set", "latnet=2", *TRAIN]) == 2
+    assert not Path("run").exists()
+
+
+def test_debug_shows_the_traceback(places: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTGEN_DEBUG", "1")
+    assert main(["sample", "nowhere"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("fastgen: error: ")
+
+
+def test_a_defect_keeps_its_traceback(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ValueError that no check of fastgen raised is a defect, not bad input."""
+    import fastgen
+
+    monkeypatch.setattr(fastgen, "load", lambda *args, **kwargs: int("defect"), raising=False)
+    with pytest.raises(ValueError, match="defect"):
+        main(["sample", "nowhere"])
+
+
+def test_interrupt(places: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastgen
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fastgen, "load", interrupt, raising=False)
+    assert main(["sample", "nowhere"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_missing_packages_are_named(missing: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: object, **kwargs: object) -> object:
+        if name.partition(".")[0] == missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == f"fastgen: error: the command line needs {missing}: pip install 'fastgen-torch[cli]'\n"
+
+
+def test_bench_without_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgen.cli import bench
+
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "site-packages/fastgen/cli/bench.py"))
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", "--op", "normal"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "source checkout" in err
+
+
+def test_the_module_runs_as_a_program(places: Path) -> None:
+    root = Path(cli.__file__).parents[2]
+    command = [sys.executable, "-m", "fastgen", "train", "vea"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env={"PYTHONPATH": str(root)})
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "did you mean vae" in done.stderr
