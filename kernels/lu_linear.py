@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fastgen.kernels._launch import INTERPRET, narrow
+from fastgen.kernels._static import TYPES, StaticCase
 
 PIXELS = 1024 if INTERPRET else 64
 """Pixels of a tile."""
@@ -134,7 +135,8 @@ def lu_linear_bwd(
         blocks = triton.cdiv(channels, block)
         outer_kernel[(SPLITS, blocks, blocks)](
             grad_y, x, sums, samples * pixels, channels, pixels,
-            SPLITS=SPLITS, ROWS=block, COLUMNS=block, PIXELS=PIXELS, ALIGNED=pixels % 4 == 0, enable_fp_fusion=True, num_warps=4,
+            SPLITS=SPLITS, ROWS=block, COLUMNS=block, PIXELS=PIXELS, ALIGNED=pixels % 4 == 0,
+            enable_fp_fusion=True, num_warps=4,
         )  # fmt: skip
     grad = sums.double().sum(0)
     if inverse:
@@ -148,3 +150,27 @@ def lu_linear_bwd(
         total = pixels * grad_log_det.double().sum()
         by_log = by_log - total if inverse else by_log + total
     grad_log_diagonal.copy_(by_log)
+
+
+def static_cases():
+    cases = []
+    options = {"enable_fp_fusion": True, "num_warps": 4}
+    for dtype, short in TYPES.items():
+        data, size = f"*{short}", 4 if dtype == "float32" else 2
+        for channels in (16, 32):
+            sizes = {"all_pixels": "i32", "channels": "i32", "pixels": "i32"}
+            common = {"ROWS": channels, "PIXELS": PIXELS, "ALIGNED": True}
+            what, trips = f"{dtype} {channels} channels", 16
+            cases += [
+                StaticCase(
+                    lu_linear_kernel, what, {"p_x": data, "p_matrix": "*fp32", "p_y": data, **sizes},
+                    {"DEPTH": channels, **common}, options, elements=channels * PIXELS,
+                    bytes_per_element=2 * size + 4 * channels / PIXELS,
+                ),
+                StaticCase(
+                    outer_kernel, what, {"p_left": data, "p_right": data, "p_sums": "*fp32", **sizes},
+                    {"SPLITS": SPLITS, "COLUMNS": channels, **common}, options, elements=channels * PIXELS * trips,
+                    trips=trips, bytes_per_element=2 * size + 4 * channels / (PIXELS * trips),
+                ),
+            ]  # fmt: skip
+    return cases
