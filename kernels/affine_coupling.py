@@ -1,8 +1,10 @@
-"""affine_coupling in Triton: one program takes a group of rows from end to end, so that the log-determinant has a fixed order."""
+"""affine_coupling in Triton: one program takes a group of rows from end to end, so that their sums have a fixed order."""
 
 import triton
 import triton.language as tl
+
 from fastgen.kernels._launch import narrow, options, tile
+from fastgen.kernels._static import TYPES, StaticCase
 
 UNBOUNDED, TANH, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -35,10 +37,8 @@ def coupling_scale(b_raw, BOUND: tl.constexpr, INVERSE: tl.constexpr):
         b_log = tl.minimum(b_t, 0.0) - log1p_small(b_e)
         b_slope = tl.where(b_t < 0.0, 1.0, b_e) / (1.0 + b_e)
     if BOUND == SIGMOID:
-        if INVERSE:
-            b_factor = (1.0 + b_e) / tl.where(b_t < 0.0, b_e, 1.0)
-        else:
-            b_factor = tl.where(b_t < 0.0, b_e, 1.0) / (1.0 + b_e)
+        b_share = tl.where(b_t < 0.0, b_e, 1.0)
+        b_factor = (1.0 + b_e) / b_share if INVERSE else b_share / (1.0 + b_e)
     else:
         b_factor = tl.exp(-b_log if INVERSE else b_log)
     return b_log, b_factor, b_slope
@@ -116,3 +116,33 @@ def affine_coupling_bwd(rows, event, x, shift, log_scale, grad_y, grad_log_det, 
         BOUND=bound, INVERSE=grad_shift is not None, HAS_Y=grad_y is not None, HAS_LOG_DET=grad_log_det is not None,
         ROWS=ROWS, BLOCK=BLOCK, **options(True),
     )  # fmt: skip
+
+
+def static_cases():
+    cases = []
+    for dtype, short in TYPES.items():
+        data, size = f"*{short}", 4 if dtype == "float32" else 2
+        for rows, event in ((4096, 4096), (8192, 256)):
+            ROWS, BLOCK = tile(rows, event)
+            trips = triton.cdiv(event, BLOCK)
+            sizes = {"rows": "i32", "event": "i32"}
+            for bound, inverse in ((0, False), (1, False), (2, False), (2, True)):
+                what = f"{dtype} {event} a row, bound {bound}{', inverse' if inverse else ''}"
+                common = {"BOUND": bound, "INVERSE": inverse, "ROWS": ROWS, "BLOCK": BLOCK}
+                forward = {"p_x": data, "p_shift": data, "p_log_scale": data, "p_y": data, "p_log_det": "*fp32", **sizes}
+                only_inverse = data if inverse else None
+                backward = {"p_x": data, "p_shift": only_inverse, "p_log_scale": data, "p_grad_y": data}
+                backward |= {"p_grad_log_det": "*fp32", "p_grad_x": data, "p_grad_shift": only_inverse}
+                backward |= {"p_grad_log_scale": data, **sizes}
+                cases += [
+                    StaticCase(
+                        affine_coupling_fwd_kernel, what, forward, common, options(True), elements=ROWS * BLOCK * trips,
+                        trips=trips, bytes_per_element=4 * size + 4 / event, wide=dtype == "float32",
+                    ),
+                    StaticCase(
+                        affine_coupling_bwd_kernel, what, backward, {"HAS_Y": True, "HAS_LOG_DET": True, **common},
+                        options(True), elements=ROWS * BLOCK, bytes_per_element=(7 if inverse else 5) * size + 4 / event,
+                        wide=dtype == "float32",
+                    ),
+                ]  # fmt: skip
+    return cases

@@ -6,7 +6,9 @@ The C x C matrix, its inverse and the way back to the factors are a few library 
 import torch
 import triton
 import triton.language as tl
+
 from fastgen.kernels._launch import INTERPRET, narrow
+from fastgen.kernels._static import TYPES, StaticCase
 
 PIXELS = 1024 if INTERPRET else 64
 """Pixels of a tile."""
@@ -15,13 +17,21 @@ SPLITS = 4 if INTERPRET else 64
 
 
 @triton.jit
+def pixel_offsets(i_pixel, channels, pixels, ALIGNED: tl.constexpr):
+    """Where the first channel of a pixel lies. ALIGNED: samples hold a multiple of four pixels, so that fours stay together."""
+    o_pixel = (i_pixel // pixels) * channels * pixels + i_pixel % pixels
+    return tl.max_contiguous(tl.multiple_of(o_pixel, 4), 4) if ALIGNED else o_pixel
+
+
+@triton.jit
 def lu_linear_kernel(
-    p_x, p_matrix, p_y, all_pixels, channels, pixels, ROWS: tl.constexpr, DEPTH: tl.constexpr, PIXELS: tl.constexpr
-):
+    p_x, p_matrix, p_y, all_pixels, channels, pixels,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, PIXELS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
     """y = matrix x: one program takes ROWS output channels of PIXELS pixels, counted through all samples."""
     i_pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     m_pixel = i_pixel < all_pixels
-    o_pixel = (i_pixel // pixels) * channels * pixels + i_pixel % pixels
+    o_pixel = pixel_offsets(i_pixel, channels, pixels, ALIGNED)
     i_row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     b_y = tl.zeros((ROWS, PIXELS), tl.float32)
     for i_depth in range(tl.cdiv(channels, DEPTH)):
@@ -44,7 +54,7 @@ def lu_linear_kernel(
 @triton.jit
 def outer_kernel(
     p_left, p_right, p_sums, all_pixels, channels, pixels,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Partial sums over pixels of left right^T: [SPLITS, channels, channels]."""
     i_split = tl.program_id(0)
@@ -54,7 +64,7 @@ def outer_kernel(
     for i_tile in range(i_split, tl.cdiv(all_pixels, PIXELS), SPLITS):
         i_pixel = tl.full((PIXELS,), PIXELS, tl.int64) * i_tile + tl.arange(0, PIXELS)
         m_pixel = i_pixel < all_pixels
-        o_pixel = (i_pixel // pixels) * channels * pixels + i_pixel % pixels
+        o_pixel = pixel_offsets(i_pixel, channels, pixels, ALIGNED)
         b_left = tl.load(
             p_left + o_pixel[None, :] + i_row[:, None] * pixels,
             mask=m_pixel[None, :] & (i_row < channels)[:, None],
@@ -101,7 +111,7 @@ def _multiply(samples, channels, pixels, x, matrix, y):
     grid = (triton.cdiv(samples * pixels, PIXELS), triton.cdiv(channels, block))
     lu_linear_kernel[grid](
         x, matrix.float().contiguous(), y, samples * pixels, channels, pixels,
-        ROWS=block, DEPTH=block, PIXELS=PIXELS, enable_fp_fusion=True, num_warps=4,
+        ROWS=block, DEPTH=block, PIXELS=PIXELS, ALIGNED=pixels % 4 == 0, enable_fp_fusion=True, num_warps=4,
     )  # fmt: skip
 
 
@@ -125,7 +135,8 @@ def lu_linear_bwd(
         blocks = triton.cdiv(channels, block)
         outer_kernel[(SPLITS, blocks, blocks)](
             grad_y, x, sums, samples * pixels, channels, pixels,
-            SPLITS=SPLITS, ROWS=block, COLUMNS=block, PIXELS=PIXELS, enable_fp_fusion=True, num_warps=4,
+            SPLITS=SPLITS, ROWS=block, COLUMNS=block, PIXELS=PIXELS, ALIGNED=pixels % 4 == 0,
+            enable_fp_fusion=True, num_warps=4,
         )  # fmt: skip
     grad = sums.double().sum(0)
     if inverse:
@@ -139,3 +150,27 @@ def lu_linear_bwd(
         total = pixels * grad_log_det.double().sum()
         by_log = by_log - total if inverse else by_log + total
     grad_log_diagonal.copy_(by_log)
+
+
+def static_cases():
+    cases = []
+    options = {"enable_fp_fusion": True, "num_warps": 4}
+    for dtype, short in TYPES.items():
+        data, size = f"*{short}", 4 if dtype == "float32" else 2
+        for channels in (16, 32):
+            sizes = {"all_pixels": "i32", "channels": "i32", "pixels": "i32"}
+            common = {"ROWS": channels, "PIXELS": PIXELS, "ALIGNED": True}
+            what, trips = f"{dtype} {channels} channels", 16
+            cases += [
+                StaticCase(
+                    lu_linear_kernel, what, {"p_x": data, "p_matrix": "*fp32", "p_y": data, **sizes},
+                    {"DEPTH": channels, **common}, options, elements=channels * PIXELS,
+                    bytes_per_element=2 * size + 4 * channels / PIXELS,
+                ),
+                StaticCase(
+                    outer_kernel, what, {"p_left": data, "p_right": data, "p_sums": "*fp32", **sizes},
+                    {"SPLITS": SPLITS, "COLUMNS": channels, **common}, options, elements=channels * PIXELS * trips,
+                    trips=trips, bytes_per_element=2 * size + 4 * channels / (PIXELS * trips),
+                ),
+            ]  # fmt: skip
+    return cases

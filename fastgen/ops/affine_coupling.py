@@ -73,9 +73,7 @@ def affine_coupling_reference(
     return Coupled(y.to(x.dtype), s.reshape(len(s), math.prod(s.shape[1:])).sum(1))
 
 
-def _forward(
-    x: Tensor, shift: Tensor, log_scale: Tensor, bound: int, inverse: bool, backend: str
-) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, shift: Tensor, log_scale: Tensor, bound: int, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
     y, log_det = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
     rows, event = _checks.as_rows(x)
     if backend == "cpp":

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgen.ops import _checks, _dispatch, _native
+from fastgen.ops import _dispatch, _native
 from fastgen.ops._spec import OpSpec
 from fastgen.ops.affine_coupling import Coupled
 
