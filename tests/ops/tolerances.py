@@ -21,7 +21,14 @@ BOUNDS = {
     ("elementwise", torch.bfloat16): (2.0**-8, 1e-6),
     ("elementwise", torch.float16): (2.0**-11, 1e-6),
     ("reduction", torch.float32): (2e-6, 2e-6),
+    ("reduction", torch.bfloat16): (2.0**-8, 2e-6),
+    ("reduction", torch.float16): (2.0**-11, 2e-6),
     ("iterative", torch.float32): (1e-5, 1e-5),
+    ("exact", torch.float64): (0.0, 0.0),
+    ("elementwise", torch.float64): (1e-13, 1e-13),
+    ("reduction", torch.float64): (1e-13, 1e-13),
+    ("accumulation", torch.float64): (0.0, 5e-7),  # float32 products of 256 rows, summed in float64
+    ("iterative", torch.float64): (1e-9, 1e-9),
 }
 
 
