@@ -7,7 +7,6 @@ the merge with the state happens before the tile is stored, twice: as it is and 
 import triton
 import triton.language as tl
 from fastgen.kernels._launch import INTERPRET
-from fastgen.kernels._static import TYPES, StaticCase
 
 SIDE = 64
 """Side of a tile. Its float64 sums and float32 products fill half of the registers of four warps."""
@@ -39,8 +38,8 @@ def moments_mean_kernel(
     m = o < width
     b_sum = tl.zeros((SIDE,), tl.float64)
     for i_split in range(splits):
-        b_sum += tl.load(p_partial + i_split.to(tl.int64) * width + o, mask=m, other=0.0)
-    n_rows = rows.to(tl.float64)
+        b_sum += tl.load(p_partial + i_split * width + o, mask=m, other=0.0)
+    n_rows = tl.cast(rows, tl.float64)
     b_own = b_sum / tl.maximum(n_rows, 1.0)
     n_before, b_old = n_rows * 0.0, b_sum * 0.0
     if STATE:
@@ -86,7 +85,7 @@ def moments_fwd_kernel(
         b_sums += b_product.to(tl.float64)
     # what the products lack of the mean, rounded to float32 as it was taken off
     b_lack_i, b_lack_j = b_own_i - b_shift_i.to(tl.float64), b_own_j - b_shift_j.to(tl.float64)
-    n_rows = rows.to(tl.float64)
+    n_rows = tl.cast(rows, tl.float64)
     b_sums -= (n_rows * b_lack_i)[:, None] * b_lack_j[None, :]
     m_diagonal = o_i[:, None] == o_j[None, :]
     b_sums = tl.where(m_diagonal, b_squares[:, None], b_sums)

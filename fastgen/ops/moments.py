@@ -34,7 +34,7 @@ __all__ = ["Moments", "merge_moments", "moments", "moments_reference"]
 class Moments(NamedTuple):
     """What is known of a set of feature vectors: enough for their mean and covariance, and to go on adding."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple.count gives way, as in any named tuple with such a field
     """How many, float64 []: a tensor, so that ranks can add it up and nothing waits for a device."""
     mean: Tensor
     """Their mean, float64 [D]."""
@@ -134,9 +134,7 @@ class _Moments(torch.autograd.Function):
 def _prepared(features: Tensor, state: Moments | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The parts of a state, checked against the features."""
     if not isinstance(features, Tensor) or not features.is_floating_point():
-        raise TypeError(
-            f"features must be a floating-point tensor, got {getattr(features, 'dtype', type(features).__name__)}"
-        )
+        raise TypeError(f"features must be a floating-point tensor, got {getattr(features, 'dtype', type(features).__name__)}")
     if features.dim() != 2:
         raise ValueError(f"features must have shape [N, D], got {list(features.shape)}")
     if state is None:
