@@ -7,12 +7,14 @@ the merge with the state happens before the tile is stored, twice: as it is and 
 import triton
 import triton.language as tl
 from fastgen.kernels._launch import INTERPRET
+from fastgen.kernels._static import TYPES, StaticCase
 
 SIDE = 64
 """Side of a tile. Its float64 sums and float32 products fill half of the registers of four warps."""
 PANEL = 8
 """Products of ROWS rows that are summed in float32."""
 ROWS = 256 if INTERPRET else 32
+OPTIONS = {"num_warps": 8, "num_stages": 1}
 SPLITS = 64
 """Parts that the rows are cut into for the means: enough programs for a GPU where D is small."""
 
@@ -113,5 +115,29 @@ def moments_fwd(rows, width, features, count, mean, comoment, new_count, new_mea
     )
     moments_fwd_kernel[(columns * (columns + 1) // 2,)](
         features, own, moved, count, comoment, new_comoment, rows, width,
-        STATE=state, SIDE=SIDE, ROWS=ROWS, PANEL=PANEL, num_warps=8,
+        STATE=state, SIDE=SIDE, ROWS=ROWS, PANEL=PANEL, **OPTIONS,
     )  # fmt: skip
+
+
+def static_cases():
+    cases, rows, width = [], 8192, 2048
+    part = triton.cdiv(rows, SPLITS * ROWS) * ROWS
+    for dtype, type_ in TYPES.items():
+        size, features = (4 if dtype == "float32" else 2), {"p_x": f"*{type_}"}
+        sizes, sides = {"rows": "i32", "width": "i32"}, {"SIDE": SIDE, "ROWS": ROWS}
+        square = SIDE * SIDE
+        cases += [
+            StaticCase(
+                moments_sum_kernel, f"{dtype} {rows}x{width}", {**features, "p_partial": "*fp64", **sizes, "part": "i32"}, sides,
+                {"num_warps": 4}, elements=part * SIDE, trips=part // ROWS, bytes_per_element=size + 8 / part,
+                wide=dtype == "float32",
+            ),
+            StaticCase(
+                moments_fwd_kernel, f"{dtype} {rows}x{width}",
+                {**features, **dict.fromkeys(("p_own", "p_moved", "p_count", "p_comoment", "p_new_comoment"), "*fp64"), **sizes},
+                {"STATE": True, **sides, "PANEL": PANEL}, OPTIONS, elements=square, trips=rows // ROWS,
+                # two strips of all rows; the old co-moment once, the new one twice; means, moves and the count
+                bytes_per_element=(2 * rows * SIDE * size + 3 * 8 * square + 4 * 8 * SIDE + 8) / square,
+            ),
+        ]  # fmt: skip
+    return cases

@@ -115,9 +115,9 @@ def test_messages():
     x = torch.zeros(4, 3)
     with pytest.raises(ValueError, match=r"features must have shape \[N, D\], got \[4\]"):
         ops.moments(x[:, 0])
-    with pytest.raises(TypeError, match="features must be a floating-point tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"features must be a floating-point tensor, got torch\.int64"):
         ops.moments(x.long())
     with pytest.raises(ValueError, match=r"state.mean must have shape \[3\] on cpu like the features, got \[2\] on cpu"):
         ops.moments(x, ops.moments(torch.zeros(4, 2)))
-    with pytest.raises(TypeError, match="state.count must be a float64 tensor, got int"):
+    with pytest.raises(TypeError, match=r"state\.count must be a float64 tensor, got int"):
         ops.moments(x, ops.moments(x)._replace(count=4))
