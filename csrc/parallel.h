@@ -20,6 +20,17 @@ inline void parallel_for(int64_t tasks, int64_t threads, Body&& body) {
   for (int64_t task = 0; task < tasks; ++task) body(task);
 }
 
+// The same for tasks of uneven length: a thread takes the next one when it is done.
+template <class Body>
+inline void parallel_uneven(int64_t tasks, int64_t threads, Body&& body) {
+  threads = min(threads, tasks);
+  (void)threads;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads((int)threads) schedule(dynamic, 1) if (threads > 1)
+#endif
+  for (int64_t task = 0; task < tasks; ++task) body(task);
+}
+
 // Elements that one task handles: the noise of a tile (8 KB) stays in the first-level cache beside its operands.
 constexpr int64_t TILE = 2048;
 // Below this many elements in all, waking a second thread costs more than it saves.

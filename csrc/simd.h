@@ -52,7 +52,7 @@ INLINE To bits(From value) {
   return out;
 }
 
-INLINE vf splat(float x) { return vf{} + x; }
+INLINE vf splat(float x) { return x - vf{}; }  // not 0 + x, which -0 keeps the compiler from dropping
 INLINE vu splat_u(uint32_t x) { return vu{} + x; }
 INLINE vi splat_i(int32_t x) { return vi{} + x; }
 

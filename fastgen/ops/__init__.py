@@ -6,28 +6,48 @@ from fastgen.ops.affine_coupling import Coupled, affine_coupling
 from fastgen.ops.diffuse import Diffused, diffuse
 from fastgen.ops.diffusion_loss import diffusion_loss
 from fastgen.ops.lu_linear import lu_linear
+from fastgen.ops.moments import Moments, merge_moments, moments
 from fastgen.ops.normal import normal
 from fastgen.ops.reparameterize import Reparameterized, reparameterize
 from fastgen.ops.rq_spline import Splined, rq_spline
+from fastgen.ops.sqrtm import sqrtm
+from fastgen.ops.trace_sqrt_product import (
+    CovarianceFactor,
+    Polar,
+    covariance_factor,
+    polar,
+    trace_sqrt_product,
+    trace_sqrt_product_features,
+)
 from fastgen.ops.uniform import uniform
 
 __all__ = [
     "Coupled",
+    "CovarianceFactor",
     "Diffused",
+    "Moments",
     "OpSpec",
+    "Polar",
     "Reparameterized",
     "Splined",
     "affine_coupling",
     "all_specs",
+    "covariance_factor",
     "diffuse",
     "diffusion_loss",
     "explain",
     "get_spec",
     "info",
     "lu_linear",
+    "merge_moments",
+    "moments",
     "normal",
+    "polar",
     "reparameterize",
     "rq_spline",
+    "sqrtm",
+    "trace_sqrt_product",
+    "trace_sqrt_product_features",
     "uniform",
     "use_backend",
     "use_math",

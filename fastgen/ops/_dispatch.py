@@ -103,6 +103,8 @@ def _generic_reason(spec: OpSpec, backend: str, dtype: torch.dtype, device: torc
     """Why ``backend`` cannot serve tensors of this dtype and device; None if it can."""
     if backend == "reference":
         return None
+    if backend not in spec.backends:
+        return f"{spec.name} has no {backend} kernel: the linear algebra of PyTorch serves every device"
     if dtype not in spec.dtypes:
         return f"{dtype} is served by the reference alone"
     if backend == "cpp":
@@ -141,7 +143,7 @@ def choose(
     wanted = backend or _state.backend
     dtype = dtype or like.dtype
     if wanted is None and like.is_cpu and dtype in spec.dtypes and spec.supports is None and _native.ready():
-        return "cpp"
+        return "cpp" if "cpp" in spec.backends else "reference"
     device, inputs = like.device, inputs or {}
     if wanted is not None:
         _checked(wanted, BACKENDS, "backend")

@@ -26,6 +26,8 @@ class OpSpec:
         example_inputs: ``(rows, event, *, dtype, device, generator, **flags)`` -> keyword arguments of ``function``.
         flags: values that the options of ``example_inputs`` may take; tests draw from them, the first is the default.
         event_ranks: number of dimensions an event may have.
+        sizes: lengths of an event of one dimension that tests draw; None takes the usual ones, up to several thousand.
+        backends: the fused backends that the op has kernels for; none where libraries under PyTorch do all the work.
         shapes: (rows, event) of the benchmark, from latency-bound to memory-bound.
         bytes_moved: ``(inputs, mode)`` -> bytes a perfect kernel reads and writes; mode "fwd" or "fwdbwd".
         dtypes: storage types of the fused backends.
@@ -45,6 +47,8 @@ class OpSpec:
     bytes_moved: Callable[[dict[str, Any], str], int]
     flags: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     event_ranks: tuple[int, ...] = (0, 1, 3)
+    sizes: tuple[int, ...] | None = None
+    backends: tuple[str, ...] = ("triton", "cpp")
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     gradient_precision: str = "elementwise"
     samplewise: bool = True
