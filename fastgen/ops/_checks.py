@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgen.random import fresh_key
 
-__all__ = ["as_rows", "common", "device_of", "noise_like", "prepare_key", "sample_shape"]
+__all__ = ["as_rows", "coefficient_rows", "common", "device_of", "noise_like", "prepare_key", "sample_shape"]
 
 
 def common(**tensors: Tensor) -> list[Tensor]:
@@ -82,6 +82,30 @@ def noise_like(noise: Tensor, like: Tensor, name: str = "noise") -> Tensor:
         )
     dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
     return noise.detach().to(dtype).contiguous()
+
+
+def coefficient_rows(coefficients: Tensor, columns: int, like: Tensor, name: str = "coefficients") -> Tensor:
+    """A coefficient table [columns] or [samples of ``like``, columns] as contiguous float32, constant for autograd.
+
+    Where ``like`` is float64 the table is too.
+
+    Raises:
+        TypeError: if it is not a floating-point tensor.
+        ValueError: for another shape, or another device than that of ``like``.
+    """
+    if not isinstance(coefficients, Tensor) or not coefficients.is_floating_point():
+        raise TypeError(
+            f"{name} must be a floating-point tensor, got {getattr(coefficients, 'dtype', type(coefficients).__name__)}"
+        )
+    shape, samples = coefficients.shape, like.shape[0]
+    if shape != (columns,) and shape != (samples, columns):
+        raise ValueError(f"{name} must have shape [{columns}] or [{samples}, {columns}], got {list(shape)}")
+    if coefficients.device != like.device:
+        raise ValueError(f"{name} is on {coefficients.device}, expected {like.device}")
+    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    if coefficients.dtype is dtype and not coefficients.requires_grad and coefficients.is_contiguous():
+        return coefficients
+    return coefficients.detach().to(dtype).contiguous()
 
 
 def sample_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ class OpSpec:
         dtypes: storage types of the fused backends.
         gradient_precision: precision class of the gradients.
         samplewise: row i of the outputs depends on row i of the inputs alone.
+        stops_gradient: something that depends on the inputs counts as a constant, which finite differences cannot know.
         supports: ``(backend, inputs)`` -> None, or a sentence that says why that backend cannot serve.
     """
 
@@ -46,6 +47,7 @@ class OpSpec:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     gradient_precision: str = "elementwise"
     samplewise: bool = True
+    stops_gradient: bool = False
     supports: Callable[[str, dict[str, Any]], str | None] | None = None
 
     def __post_init__(self) -> None:
