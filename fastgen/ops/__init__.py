@@ -3,8 +3,10 @@
 from fastgen.ops._dispatch import explain, info, use_backend, use_math
 from fastgen.ops._spec import OpSpec, all_specs, get_spec
 from fastgen.ops.affine_coupling import Coupled, affine_coupling
+from fastgen.ops.denoise import Denoised, denoise
 from fastgen.ops.diffuse import Diffused, diffuse
 from fastgen.ops.diffusion_loss import diffusion_loss
+from fastgen.ops.dynamic_threshold import dynamic_threshold
 from fastgen.ops.lu_linear import lu_linear
 from fastgen.ops.moments import Moments, merge_moments, moments
 from fastgen.ops.normal import normal
@@ -24,6 +26,7 @@ from fastgen.ops.uniform import uniform
 __all__ = [
     "Coupled",
     "CovarianceFactor",
+    "Denoised",
     "Diffused",
     "Moments",
     "OpSpec",
@@ -33,8 +36,10 @@ __all__ = [
     "affine_coupling",
     "all_specs",
     "covariance_factor",
+    "denoise",
     "diffuse",
     "diffusion_loss",
+    "dynamic_threshold",
     "explain",
     "get_spec",
     "info",
