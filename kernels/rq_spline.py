@@ -11,12 +11,12 @@ LEAST = tl.constexpr(1e-3)
 UNIT_SLOPE = tl.constexpr(0.5397424172369522)
 SOFT_CLIP = tl.constexpr(0.14476482730108395)
 
-VALUES = 65536 if INTERPRET else 2048
-"""Parameters of one kind in a tile: 16 a thread. The interpreter pays by the program, not by the element."""
+VALUES = 65536 if INTERPRET else 512
+"""Parameters of one kind in a tile: 4 a thread, so that nothing spills. The interpreter pays by the program."""
 
 
 @triton.jit
-def _shares(p, o, m, bins, o_bin, ZUKO: tl.constexpr):
+def _shares(p, o, m, bins: tl.constexpr, o_bin, ZUKO: tl.constexpr):
     """Shares of the bins by softmax, and the factors of zuko's soft clip."""
     b_raw = tl.load(p + o[:, None] * bins + o_bin[None, :], mask=m[:, None] & (o_bin < bins)[None, :], other=0.0).to(tl.float32)
     b_clip = 1.0 / (1.0 + 2.0 * SOFT_CLIP * tl.abs(b_raw)) if ZUKO else b_raw
@@ -27,12 +27,9 @@ def _shares(p, o, m, bins, o_bin, ZUKO: tl.constexpr):
 
 
 @triton.jit
-def _lengths(b_shares, bins, o_bin, bound, ZUKO: tl.constexpr):
+def _lengths(b_shares, bins: tl.constexpr, o_bin, bound, ZUKO: tl.constexpr):
     """Lengths of the bins, and the lower knot of each; nothing beyond the last bin."""
-    if ZUKO:
-        b_length = 2.0 * bound * b_shares
-    else:
-        b_length = 2.0 * bound * (LEAST + (1.0 - LEAST * bins) * b_shares)
+    b_length = 2.0 * bound * (b_shares if ZUKO else LEAST + (1.0 - LEAST * bins) * b_shares)
     b_length = tl.where((o_bin < bins)[None, :], b_length, 0.0)
     return b_length, tl.cumsum(b_length, axis=1) - b_length - bound
 
@@ -43,7 +40,7 @@ def _pick(b, m_here):
 
 
 @triton.jit
-def _derivative(p, o, m, bins, i_knot, ZUKO: tl.constexpr):
+def _derivative(p, o, m, bins: tl.constexpr, i_knot, ZUKO: tl.constexpr):
     """The derivative at a knot, and its own derivative in the parameter."""
     m_inner = m & (i_knot >= 0) & (i_knot < bins - 1)
     b_raw = tl.load(p + o * (bins - 1) + i_knot, mask=m_inner, other=0.0).to(tl.float32)
@@ -55,7 +52,9 @@ def _derivative(p, o, m, bins, i_knot, ZUKO: tl.constexpr):
         b_raw = tl.where(m & (m_inner == 0), UNIT_SLOPE, b_raw)
         b_exp = tl.exp(-tl.abs(b_raw))
         b_rounded = 1.0 + b_exp
-        b_log1p = tl.where(b_rounded == 1.0, b_exp, tl.log(b_rounded) * b_exp / tl.where(b_rounded == 1.0, 1.0, b_rounded - 1.0))
+        b_log1p = tl.where(
+            b_rounded == 1.0, b_exp, tl.log(b_rounded) * b_exp / tl.where(b_rounded == 1.0, 1.0, b_rounded - 1.0)
+        )
         b_derivative = LEAST + tl.where(b_raw > 0.0, b_raw, 0.0) + b_log1p
         b_slope = tl.where(b_raw >= 0.0, 1.0, b_exp) / b_rounded
     return b_derivative, b_slope
@@ -63,9 +62,10 @@ def _derivative(p, o, m, bins, i_knot, ZUKO: tl.constexpr):
 
 @triton.jit
 def _locate(
-    p_widths, p_heights, p_derivatives, b_given, o, m, bins, bound, INVERSE: tl.constexpr, ZUKO: tl.constexpr, BINS: tl.constexpr
+    p_widths, p_heights, p_derivatives, b_given, o, m, bins: tl.constexpr, bound,
+    INVERSE: tl.constexpr, ZUKO: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """The bin of each element, the element within it, the result and dy/dx: fastgen/ops/rq_spline.py has the formulas."""
+    """The result, dy/dx, the bin of each element and the element within it: fastgen/ops/rq_spline.py has the formulas."""
     o_bin = tl.arange(0, BINS)
     b_shares_x, b_clip_x = _shares(p_widths, o, m, bins, o_bin, ZUKO)
     b_shares_y, b_clip_y = _shares(p_heights, o, m, bins, o_bin, ZUKO)
@@ -106,7 +106,7 @@ def _locate(
     else:
         b_out = tl.where(m_last, bound - h * b_rest * b_per, y0 + h * b_numerator * b_per)
     normalised = (b_shares_x, b_clip_x, b_shares_y, b_clip_y)
-    return normalised, i_bin, x0, w, y0, h, s, d0, d1, u0, u1, theta, phi, b_numerator, b_rest, b_per, b_curve, b_slope, b_out
+    return b_out, b_slope, normalised, i_bin, w, h, s, d0, d1, u0, u1, theta, phi, b_numerator, b_rest, b_per, b_curve
 
 
 @triton.jit
@@ -117,8 +117,9 @@ def _outside(b_given, bound, ZUKO: tl.constexpr):
 
 @triton.jit
 def rq_spline_fwd_kernel(
-    p_x, p_widths, p_heights, p_derivatives, p_y, p_log_det, rows, event, bins, bound,
-    INVERSE: tl.constexpr, ZUKO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+    p_x, p_widths, p_heights, p_derivatives, p_y, p_log_det, rows, event, bound,
+    INVERSE: tl.constexpr, ZUKO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, bins: tl.constexpr,
+    BINS: tl.constexpr,
 ):  # fmt: skip
     i_element = tl.arange(0, ROWS * BLOCK)
     i_sample = tl.program_id(0).to(tl.int64) * ROWS + i_element // BLOCK
@@ -129,7 +130,7 @@ def rq_spline_fwd_kernel(
         b_given = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
         m_tail = _outside(b_given, bound, ZUKO)
         element = _locate(p_widths, p_heights, p_derivatives, b_given, o, m, bins, bound, INVERSE, ZUKO, BINS)
-        b_slope, b_out = element[17], element[18]
+        b_out, b_slope = element[0], element[1]
         tl.store(p_y + o, narrow(tl.where(m_tail, b_given, b_out), p_y), mask=m)
         b_log = tl.where(m & (m_tail == 0), tl.log(b_slope), 0.0)
         b_log_det += tl.reshape(-b_log if INVERSE else b_log, (ROWS, BLOCK))
@@ -138,7 +139,9 @@ def rq_spline_fwd_kernel(
 
 
 @triton.jit
-def _through_softmax(p_grad, o, m, bins, o_bin, i_bin, b_shares, b_clip, b_from, b_length, bound, ZUKO: tl.constexpr):
+def _through_softmax(
+    p_grad, o, m, bins: tl.constexpr, o_bin, i_bin, b_shares, b_clip, b_from, b_length, bound, ZUKO: tl.constexpr
+):  # fmt: skip
     """Stores gradients of the parameters: a bin below moves the lower knot, the bin itself its own length."""
     i = i_bin[:, None]
     b_by = tl.where(o_bin[None, :] < i, b_from[:, None], tl.where(o_bin[None, :] == i, b_length[:, None], 0.0))
@@ -153,9 +156,9 @@ def _through_softmax(p_grad, o, m, bins, o_bin, i_bin, b_shares, b_clip, b_from,
 @triton.jit
 def rq_spline_bwd_kernel(
     p_x, p_widths, p_heights, p_derivatives, p_grad_y, p_grad_log_det, p_grad_x, p_grad_widths, p_grad_heights,
-    p_grad_derivatives, elements, event, bins, bound,
+    p_grad_derivatives, elements, event, bound,
     HAS_Y: tl.constexpr, HAS_LOG_DET: tl.constexpr, INVERSE: tl.constexpr, ZUKO: tl.constexpr, BLOCK: tl.constexpr,
-    BINS: tl.constexpr,
+    bins: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < elements
@@ -164,7 +167,7 @@ def rq_spline_bwd_kernel(
     b_given = tl.where(m_tail, 0.0, b_given)
     b_by_out = tl.load(p_grad_y + o, mask=m, other=0.0).to(tl.float32) if HAS_Y else tl.zeros((BLOCK,), tl.float32)
     b_by_log = tl.load(p_grad_log_det + o // event, mask=m, other=0.0) if HAS_LOG_DET else tl.zeros((BLOCK,), tl.float32)
-    normalised, i_bin, x0, w, y0, h, s, d0, d1, u0, u1, theta, phi, b_numerator, b_rest, b_per, b_curve, b_slope, _ = _locate(
+    _, b_slope, normalised, i_bin, w, h, s, d0, d1, u0, u1, theta, phi, b_numerator, b_rest, b_per, b_curve = _locate(
         p_widths, p_heights, p_derivatives, b_given, o, m, bins, bound, INVERSE, ZUKO, BINS
     )
     a, b = tl.where(m_tail, 0.0, b_by_out), tl.where(m_tail, 0.0, b_by_log)
@@ -214,8 +217,8 @@ def rq_spline_fwd(rows, event, bins, x, widths, heights, derivatives, y, log_det
         return
     ROWS, BLOCK, BINS = tile(rows, event, bins)
     rq_spline_fwd_kernel[(triton.cdiv(rows, ROWS),)](
-        x, widths, heights, derivatives, y, log_det, rows, event, bins, bound,
-        INVERSE=inverse, ZUKO=zuko, ROWS=ROWS, BLOCK=BLOCK, BINS=BINS, num_warps=4,
+        x, widths, heights, derivatives, y, log_det, rows, event, bound,
+        INVERSE=inverse, ZUKO=zuko, ROWS=ROWS, BLOCK=BLOCK, bins=bins, BINS=BINS, num_warps=4,
     )  # fmt: skip
 
 
@@ -228,7 +231,7 @@ def rq_spline_bwd(
     _, BLOCK, BINS = tile(1, rows * event, bins)
     rq_spline_bwd_kernel[(triton.cdiv(rows * event, BLOCK),)](
         x, widths, heights, derivatives, grad_y, grad_log_det, grad_x, grad_widths, grad_heights, grad_derivatives,
-        rows * event, event, bins, bound,
-        HAS_Y=grad_y is not None, HAS_LOG_DET=grad_log_det is not None, INVERSE=inverse, ZUKO=zuko, BLOCK=BLOCK, BINS=BINS,
-        num_warps=4,
+        rows * event, event, bound,
+        HAS_Y=grad_y is not None, HAS_LOG_DET=grad_log_det is not None, INVERSE=inverse, ZUKO=zuko, BLOCK=BLOCK, bins=bins,
+        BINS=BINS, num_warps=4,
     )  # fmt: skip

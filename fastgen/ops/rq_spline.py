@@ -16,8 +16,8 @@ r = |e| + sqrt(e^2 + 4 s^2 zeta (1 - zeta)), where nothing cancels and nothing c
 
     theta = 2 s zeta / (r + 2 s zeta) if e >= 0,   1 - theta = 2 s (1 - zeta) / (r + 2 s (1 - zeta)) otherwise.
 
-Gradients flow to x and to all parameters, through the inverse by the implicit function theorem. At a knot, where the gradient of
-log_det jumps, it is that of the bin above (nflows) or below (zuko). Infinite inputs lie in the tails; a NaN in x, or in a
+Gradients flow to x and to all parameters, through the inverse by the implicit function theorem. At a knot, where the gradient
+of log_det jumps, it is that of the bin above (nflows) or below (zuko). Infinite inputs lie in the tails; a NaN in x, or in a
 parameter that the element's bin depends on, makes that sample NaN and no other.
 
 Sources: Durkan, Bekasov, Murray and Papamakarios (2019), "Neural spline flows"; Gregory and Delbourgo (1982).
@@ -123,7 +123,7 @@ def _prepare(
     values = (x, widths, heights, derivatives)
     if type(x) is not Tensor or not _alike(values):
         values = _unify(*values)
-        x, widths, _, _ = values
+        widths = values[1]
     if convention == "nflows" and widths.shape[-1] * LEAST > 1:
         raise ValueError(f"widths: the nflows convention takes {1 / LEAST:.0f} bins at most, got {widths.shape[-1]}")
     return values
@@ -148,7 +148,7 @@ def _unify(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> t
     bins = widths.shape[-1] if widths.dim() else 0
     if not bins:
         raise ValueError(f"widths must be [..., K] with at least one bin, got shape {tuple(widths.shape)}")
-    expanded = []
+    expanded = [x.to(dtype)]
     for (name, value), size in zip(parameters.items(), (bins, bins, bins - 1), strict=True):
         if not value.dim() or value.shape[-1] != size:
             raise ValueError(f"{name} must be [..., {size}] for {bins} bins, got shape {tuple(value.shape)}")
@@ -157,7 +157,8 @@ def _unify(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> t
         except RuntimeError as error:
             shapes = f"{tuple(value.shape)} for x of shape {tuple(x.shape)}"
             raise ValueError(f"{name} must be [..., {size}] and broadcast to the shape of x, got {shapes}") from error
-    return x.to(dtype), *expanded
+    x, widths, heights, derivatives = expanded
+    return x, widths, heights, derivatives
 
 
 def _forward(
