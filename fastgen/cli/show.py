@@ -58,10 +58,10 @@ def pairs(values: Mapping[str, object]) -> None:
 
 
 def amount(value: float) -> str:
-    """A number with a sensible count of digits: 10,000 | 123.4 | 0.01234."""
+    """A number with a sensible count of digits: 10,000 | 123.45 | 0.01234."""
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.data._extras import require
+from fastgen._extras import require
 from fastgen.data.arrays import shape_text
 from fastgen.data.source import Source, check_split, digest, mixed_order, ranked_split
 

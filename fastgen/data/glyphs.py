@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.data._extras import bundled_file, require
+from fastgen._extras import bundled_file, require
 from fastgen.data.source import ArraySource, check_split
 
 __all__ = ["CHARACTERS", "FONTS", "load_glyphs"]

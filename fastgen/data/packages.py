@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.data._extras import bundled_file
+from fastgen._extras import bundled_file
 from fastgen.data.source import ArraySource, stratified_split
 
 __all__ = ["cache_folder", "load_digits", "load_mnist5k"]

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgen.data._extras import require
+from fastgen._extras import require
 from fastgen.training.checkpoint import write_atomic
 
 __all__ = ["encode_png", "grid", "save_png", "save_scatter", "to_uint8"]

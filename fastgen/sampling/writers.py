@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgen.data._extras import require
+from fastgen._extras import require
 from fastgen.sampling import images
 from fastgen.training import checkpoint
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastgen.data._extras import require
+from fastgen._extras import require
 from fastgen.nn.model import Model
 from fastgen.training import checkpoint
 from fastgen.training.run import RunDir

