@@ -113,7 +113,56 @@ def _check_reparameterize(function: Callable[[], Callable[..., Any]]) -> Callabl
     return check
 
 
+def _torchmetrics_moments(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
+    """The update of torchmetrics' FrechetInceptionDistance: raw sums in float64. Its co-moment is what is compared."""
+    features = inputs["features"]
+    width = features.shape[1]
+    total = features.new_zeros(width, dtype=torch.float64)
+    products = features.new_zeros(width, width, dtype=torch.float64)
+
+    def update() -> tuple[Tensor, Tensor]:
+        nonlocal total, products
+        wide = features.double()
+        total += wide.sum(dim=0)
+        products += wide.t().mm(wide)
+        return total, products
+
+    return update
+
+
+def _check_torchmetrics_moments(inputs: dict[str, Any]) -> None:
+    from fastgen.ops.moments import moments_reference
+
+    total, products = _torchmetrics_moments(inputs, "fwd")()
+    n, expected = len(inputs["features"]), moments_reference(inputs["features"])
+    if not torch.allclose(products - torch.outer(total, total) / n, expected.comoment, rtol=1e-8, atol=1e-6):
+        raise ParityError("co-moment differs from the reference")
+
+
+def _torchmetrics_trace(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
+    """torchmetrics' way: the eigenvalues of the product, which is not symmetric."""
+    cov1, cov2 = inputs["cov1"].double(), inputs["cov2"].double()
+    return lambda: torch.linalg.eigvals(cov1 @ cov2).sqrt().real.sum(-1)
+
+
+def _scipy_trace(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
+    """pytorch-fid's way: scipy's root of the product, of a single pair."""
+    from scipy.linalg import sqrtm
+
+    if len(inputs["cov1"]) != 1:
+        raise ParityError("takes one pair at a time")
+    product = (inputs["cov1"][0].double() @ inputs["cov2"][0].double()).numpy()
+    return lambda: torch.tensor([sqrtm(product).real.trace()])
+
+
 PEERS: dict[str, list[Peer]] = {
+    "moments": [
+        Peer("torchmetrics' update, float64", _torchmetrics_moments, _check_torchmetrics_moments, modes=("fwd",)),
+    ],
+    "trace_sqrt_product": [
+        Peer("torchmetrics' way, eigvals", _torchmetrics_trace, modes=("fwd",)),
+        Peer("scipy sqrtm", _scipy_trace, modes=("fwd",)),
+    ],
     "normal": [
         Peer("torch.randn", _torch_randn, _check_randn),
         Peer(

@@ -10,11 +10,12 @@ from fastgen.kernels._launch import INTERPRET
 from fastgen.kernels._static import TYPES, StaticCase
 
 SIDE = 64
-"""Side of a tile. Its float64 sums and float32 products fill half of the registers of four warps."""
+"""Side of a tile. Its float64 sums and float32 products fill half of the registers of eight warps."""
 PANEL = 8
 """Products of ROWS rows that are summed in float32."""
 ROWS = 256 if INTERPRET else 32
 OPTIONS = {"num_warps": 8, "num_stages": 1}
+"""Buffers of several stages leave too few registers: Triton 3.9 then spills on sm_80 and sm_100."""
 SPLITS = 64
 """Parts that the rows are cut into for the means: enough programs for a GPU where D is small."""
 
