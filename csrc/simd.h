@@ -236,6 +236,57 @@ INLINE float sum(vf a) {  // in a fixed order: pairwise over the lanes
 #endif
 }
 
+INLINE int64_t sum(vi a) {
+#ifdef FASTGEN_ONE_LANE
+  return a;
+#else
+  int64_t total = 0;
+  for (int i = 0; i < LANES; ++i) total += a[i];
+  return total;
+#endif
+}
+
+INLINE float minimum(vf a) {  // of the lanes; none may be NaN
+#ifdef FASTGEN_ONE_LANE
+  return a;
+#else
+  float out = a[0];
+  for (int i = 1; i < LANES; ++i) out = a[i] < out ? a[i] : out;
+  return out;
+#endif
+}
+
+// Writes the lanes of x where `chosen`, a result of comparing vf, holds: one after the other from p, and returns how many.
+// Up to LANES floats from p are overwritten, whatever the number.
+#ifdef FASTGEN_ONE_LANE
+INLINE int64_t compress_store(float* p, vf x, bool chosen) {
+  if (chosen) *p = x;
+  return chosen;
+}
+#else
+INLINE int64_t compress_store(float* p, vf x, vi chosen) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = _mm512_movepi32_mask((__m512i)chosen);
+  store(p, (vf)_mm512_maskz_compress_ps(mask, (__m512)x));
+  return __builtin_popcount(mask);
+#elif defined(__AVX2__)
+  const unsigned mask = (unsigned)_mm256_movemask_ps((__m256)chosen);
+  const uint64_t bytes = _pdep_u64(mask, 0x0101010101010101u) * 0xFF;
+  const uint64_t lanes = _pext_u64(0x0706050403020100u, bytes);
+  const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)lanes));
+  store(p, (vf)_mm256_permutevar8x32_ps((__m256)x, order));
+  return __builtin_popcount(mask);
+#else
+  int64_t n = 0;
+  for (int i = 0; i < LANES; ++i) {  // no branch: a lane not chosen is overwritten by the next
+    p[n] = x[i];
+    n += chosen[i] != 0;
+  }
+  return n;
+#endif
+}
+#endif
+
 // In each group of four lanes, transpose the 4x4 block that a, b, c, d make.
 INLINE void transpose4(vf& a, vf& b, vf& c, vf& d) {
 #if defined(__AVX512F__)

@@ -32,6 +32,7 @@ class OpSpec:
         gradient_precision: precision class of the gradients.
         samplewise: row i of the outputs depends on row i of the inputs alone.
         needs_key: there is no default for ``key``: the op repeats noise that another has drawn.
+        stops_gradient: something that depends on the inputs counts as a constant, which finite differences cannot know.
         supports: ``(backend, inputs)`` -> None, or a sentence that says why that backend cannot serve.
     """
 
@@ -49,6 +50,7 @@ class OpSpec:
     gradient_precision: str = "elementwise"
     samplewise: bool = True
     needs_key: bool = False
+    stops_gradient: bool = False
     supports: Callable[[str, dict[str, Any]], str | None] | None = None
 
     def __post_init__(self) -> None:

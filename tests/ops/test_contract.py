@@ -142,7 +142,7 @@ def test_matches_reference(spec, backend, folder):
 
 @every_op
 def test_reference_gradient_is_right(spec):
-    if not spec.gradients:
+    if not spec.gradients or spec.stops_gradient:
         return
     inputs = default_inputs(spec, rows=3, event=(5,))
     _, wide = truth(spec, inputs)
@@ -307,6 +307,8 @@ def test_nan_stays_in_its_sample(spec, backend, folder):
             spoilt = with_gradients(spec.function, {**inputs, name: dirty}, spec.gradients, spec.outputs_of, 0)
             for part in (0, 1):
                 for output, value in spoilt[part].items():
+                    if value.shape[:1] != (5,):
+                        continue  # not one row per sample
                     others = [0, 1, 3, 4]
                     assert torch.equal(value[others], clean[part][output][others]), (name, output)
             assert any(v[2].isnan().any() for v in spoilt[0].values()), f"a NaN in {name} vanished"
