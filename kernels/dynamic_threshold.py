@@ -6,7 +6,7 @@ more its successor.
 
 import triton
 import triton.language as tl
-from fastgen.kernels._launch import narrow, tile
+from fastgen.kernels._launch import narrow, options, tile
 
 BINS = tl.constexpr(2048)
 
@@ -18,29 +18,29 @@ def magnitude_bits(p, o, m):
 
 
 @triton.jit
+def refine(p_row, event, prefix, below, first, SHIFT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """WIDTH more bits of the element of rank ``first``; ``below`` elements are smaller than any with this prefix."""
+    counts = tl.zeros((BINS,), tl.int32)
+    for i_block in range(tl.cdiv(event, BLOCK)):
+        o = i_block * BLOCK + tl.arange(0, BLOCK)
+        bits = magnitude_bits(p_row, o, o < event)
+        same = (bits >> (SHIFT + WIDTH)) == (prefix >> (SHIFT + WIDTH))
+        counts += tl.histogram((bits >> SHIFT) & ((1 << WIDTH) - 1), BINS, mask=same & (o < event))
+    before = below + tl.cumsum(counts, 0) <= first  # bins that end before the rank
+    digit = tl.sum(before.to(tl.int32), 0)
+    return prefix | (digit << SHIFT), below + tl.sum(tl.where(before, counts, 0), 0)
+
+
+@triton.jit
 def dynamic_threshold_fwd_kernel(p_x0, p_y, p_threshold, event, quantile, maximum, BLOCK: tl.constexpr):
     o_row = tl.program_id(0).to(tl.int64) * event
     rank = quantile * (event - 1).to(tl.float32)
     first = tl.minimum(rank.to(tl.int32), event - 1)
     second = tl.minimum(tl.ceil(rank).to(tl.int32), event - 1)
 
-    below = 0  # elements known to be smaller than the prefix
-    prefix = 0
-    i_bin = tl.arange(0, BINS)
-    for i_pass in tl.static_range(3):
-        SHIFT: tl.constexpr = 20 - 11 * i_pass if i_pass < 2 else 0
-        WIDTH: tl.constexpr = 11 if i_pass < 2 else 9
-        counts = tl.zeros((BINS,), tl.int32)
-        for i_block in range(tl.cdiv(event, BLOCK)):
-            o = i_block * BLOCK + tl.arange(0, BLOCK)
-            bits = magnitude_bits(p_x0 + o_row, o, o < event)
-            same = (bits >> (SHIFT + WIDTH)) == (prefix >> (SHIFT + WIDTH))
-            counts += tl.histogram((bits >> SHIFT) & ((1 << WIDTH) - 1), BINS, mask=same & (o < event))
-        upto = tl.cumsum(counts, 0)
-        before = below + upto <= first  # bins that end before the rank
-        digit = tl.sum(before.to(tl.int32), 0)
-        below += tl.sum(tl.where(before, counts, 0), 0)
-        prefix = prefix | (digit << SHIFT)
+    prefix, below = refine(p_x0 + o_row, event, 0, 0, first, 20, 11, BLOCK)
+    prefix, below = refine(p_x0 + o_row, event, prefix, below, first, 9, 11, BLOCK)
+    prefix, below = refine(p_x0 + o_row, event, prefix, below, first, 0, 9, BLOCK)
 
     not_more = 0
     largest = 0
@@ -56,6 +56,7 @@ def dynamic_threshold_fwd_kernel(p_x0, p_y, p_threshold, event, quantile, maximu
     weight = rank - first.to(tl.float32)
     s = tl.where(weight < 0.5, tl.fma(weight, b - a, a), tl.fma(weight - 1.0, b - a, b))
     s = tl.minimum(tl.maximum(s, 1.0), maximum)
+    s = tl.where(b == float("inf"), maximum, s)  # not the NaN of an infinity interpolated
     s = tl.where(largest > 0x7F800000, float("nan"), s)
     tl.store(p_threshold + tl.program_id(0), s)
     for i_block in range(tl.cdiv(event, BLOCK)):
@@ -83,7 +84,9 @@ def dynamic_threshold_fwd(rows, event, x0, quantile, maximum, y, threshold):
     if not x0.numel():
         return
     BLOCK = max(16, min(4096, triton.next_power_of_2(event)))
-    dynamic_threshold_fwd_kernel[(rows,)](x0, y, threshold, event, quantile, maximum, BLOCK=BLOCK, num_warps=8)
+    dynamic_threshold_fwd_kernel[(rows,)](
+        x0, y, threshold, event, quantile, maximum, BLOCK=BLOCK, enable_fp_fusion=False, num_warps=8
+    )
 
 
 def dynamic_threshold_bwd(rows, event, x0, threshold, grad_y, grad_x0):
@@ -91,4 +94,4 @@ def dynamic_threshold_bwd(rows, event, x0, threshold, grad_y, grad_x0):
         return
     ROWS, BLOCK = tile(rows, event)
     grid = (triton.cdiv(rows, ROWS) * triton.cdiv(event, BLOCK),)
-    dynamic_threshold_bwd_kernel[grid](x0, threshold, grad_y, grad_x0, rows, event, ROWS=ROWS, BLOCK=BLOCK, num_warps=4)
+    dynamic_threshold_bwd_kernel[grid](x0, threshold, grad_y, grad_x0, rows, event, ROWS=ROWS, BLOCK=BLOCK, **options(False))

@@ -82,6 +82,7 @@ INLINE float threshold_of_row(const T* x, int64_t event, float quantile, float m
     });
     if (sum(upto) <= second) b = minimum(above);
   }
+  if (b == INFINITY) return maximum;  // not the NaN of an infinity interpolated
   const float weight = rank - (float)first;
   const float s = weight < 0.5f ? __builtin_fmaf(weight, b - a, a) : __builtin_fmaf(weight - 1.0f, b - a, b);
   return s < 1.0f ? 1.0f : s > maximum ? maximum : s;

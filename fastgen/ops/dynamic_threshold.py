@@ -3,6 +3,7 @@
     s = clamp(quantile_q |x0|, 1, maximum)   over the event,    y = clamp(x0, -s, s) / s
 
 The quantile interpolates linearly between the two elements around rank q (n - 1), to the same float32 bits as torch.quantile.
+Where one of the two is infinite, s is the maximum.
 A sampler calls it between two steps: ``denoise`` with the row (p, q, 0, 1, 0) gives the estimate, and ``denoise`` with the row
 (0, 1, A, B, S) on the result takes the step.
 
@@ -48,8 +49,9 @@ def dynamic_threshold_reference(x0: Tensor, quantile: float, maximum: float) -> 
         return x0.clone()
     rows, event = _checks.as_rows(x0)
     x = x0.to(torch.promote_types(x0.dtype, torch.float32)).reshape(rows, event)
-    parts = x.detach().abs().split(max(1, _LARGEST // event))
-    s = torch.cat([torch.quantile(part, quantile, dim=1) for part in parts]).clamp(1, maximum).unsqueeze(1)
+    magnitudes = x.detach().abs()
+    s = torch.cat([torch.quantile(part, quantile, dim=1) for part in magnitudes.split(max(1, _LARGEST // event))])
+    s = torch.where(s.isnan() & ~magnitudes.isnan().any(1), maximum, s).clamp(1, maximum).unsqueeze(1)
     return (x.clamp(-s, s) / s).reshape(x0.shape).to(x0.dtype)
 
 
