@@ -80,9 +80,7 @@ def denoise_fwd_kernel(
     for h in tl.static_range(PAST):
         b_C = tl.load(p_row + 5 + h, mask=m_sample, other=0.0)
         b_next += b_C * tl.load(p_history + h * size * event + o, mask=m, other=0.0).to(tl.float32)
-    b_noise = b_S * denoise_noise(
-        p_key, p_given, b_S, i_sample, m_sample, i_block, o, m, GIVEN, KEY_STRIDE, ROWS, BLOCK, FAST
-    )
+    b_noise = b_S * denoise_noise(p_key, p_given, b_S, i_sample, m_sample, i_block, o, m, GIVEN, KEY_STRIDE, ROWS, BLOCK, FAST)
     if VARIANCE:
         b_sigma = denoise_sigma(
             p_variance, p_bounds, i_sample * variance_stride + o_event, i_sample, m_sample, m, RANGE, BOUNDS_STRIDE

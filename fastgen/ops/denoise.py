@@ -310,9 +310,7 @@ def _gradients(x: Tensor, model_out: Tensor, coefficients: Tensor, wanted: list[
     """Room for the wanted ones of the gradients of x, model_out, history and log_variance."""
     shapes = (x.shape, model_out.shape, (coefficients.shape[-1] - 5, *x.shape), x.shape)
     dtypes = (x.dtype, model_out.dtype, x.dtype, model_out.dtype)
-    return [
-        x.new_empty(shape, dtype=dtype) for want, shape, dtype in zip(wanted, shapes, dtypes, strict=True) if want
-    ]
+    return [x.new_empty(shape, dtype=dtype) for want, shape, dtype in zip(wanted, shapes, dtypes, strict=True) if want]
 
 
 _SHARED = "float scale, float low, float high, Tensor? log_variance, Tensor? bounds"
@@ -327,9 +325,7 @@ _step = _dispatch.raw_op(
     _forward,
     lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
 )
-_step_alone = _dispatch.raw_op(
-    "denoise_alone", f"({_ARGUMENTS}) -> Tensor", _forward_alone, lambda x, *_: torch.empty_like(x)
-)
+_step_alone = _dispatch.raw_op("denoise_alone", f"({_ARGUMENTS}) -> Tensor", _forward_alone, lambda x, *_: torch.empty_like(x))
 _step_into = _dispatch.raw_op(
     "denoise_into", f"({_ARGUMENTS}, Tensor(a!) x_next, Tensor(b!)? x0) -> ()", _fill, lambda *_: None
 )
@@ -350,7 +346,14 @@ class _Denoise(torch.autograd.Function):
         given = _Inputs(*inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            given.x, given.model_out, given.coefficients, given.key, given.noise, given.guidance, given.log_variance, given.bounds
+            given.x,
+            given.model_out,
+            given.coefficients,
+            given.key,
+            given.noise,
+            given.guidance,
+            given.log_variance,
+            given.bounds,
         )
         ctx.constants = given.scale, given.low, given.high
         ctx.fast, ctx.backend = fast, backend
@@ -366,9 +369,7 @@ class _Denoise(torch.autograd.Function):
         grad_next = grad_next if grad_next is None else grad_next.contiguous()
         grad_x0 = grad_x0 if grad_x0 is None else grad_x0.contiguous()
         left = iter(
-            _differentiate(
-                *before, *ctx.constants, log_variance, bounds, grad_next, grad_x0, wanted, ctx.fast, ctx.backend
-            )
+            _differentiate(*before, *ctx.constants, log_variance, bounds, grad_next, grad_x0, wanted, ctx.fast, ctx.backend)
         )
         grads: list[Tensor | None] = [None] * (2 + len(_Inputs._fields))
         for position, want in zip(positions, wanted, strict=True):
@@ -504,7 +505,8 @@ def _example_inputs(
 
 
 def _bytes_moved(inputs: dict[str, Any], mode: str) -> int:
-    # forward: x, model_out, history, log_variance -> x_next, x0; backward: x, model_out, dx_next, dx0 -> dx, dmodel_out, dhistory
+    # forward: x, model_out, history, log_variance -> x_next, x0
+    # backward: x, model_out, dx_next, dx0 -> dx, dmodel_out, dhistory
     x, m, h = (0 if inputs[name] is None else inputs[name].nbytes for name in ("x", "model_out", "history"))
     variance = inputs.get("log_variance")
     variance = variance[0] if isinstance(variance, tuple) else variance

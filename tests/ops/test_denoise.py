@@ -98,7 +98,9 @@ def test_ddim(eta):
 
 
 def test_dpm_solver_pp_2m_with_the_last_estimate_as_history():
-    scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="sigma_min")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="sigma_min"
+    )
     scheduler.set_timesteps(12)
     sigmas = scheduler.sigmas.double()
     alphas = (1 + sigmas**2).rsqrt()
@@ -141,7 +143,7 @@ def test_linear_denoiser_samples_the_gaussian_it_knows():
     x = ops.normal((1 << 14, 2), random.key(4))
     for t in range(999, -1, -1):
         now, _ = ancestors(scheduler, t)
-        p, q, A, B, S = ddpm_row(scheduler, t)
+        _, _, A, B, S = ddpm_row(scheduler, t)
         gain = 4 * math.sqrt(now) / (4 * now + 1 - now)
         row = torch.tensor([0.0, 1.0, A, B, S])
         key[2] = t
