@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from fastgen.kernels._launch import narrow, options, tile
 from fastgen.kernels._static import TYPES, StaticCase
 

@@ -123,7 +123,14 @@ def static_cases():
             numbers = frozenset({"scale", "delta"})
             for fast in (False, True):
                 what = f"{dtype} {event} a row, {'fast' if fast else 'exact'}"
-                constants = {"GIVEN": False, "KEEP": True, "HUBER": False, "CHANNELS_LAST": False, "KEY_STRIDE": 0, "FAST": fast}
+                constants = {
+                    "GIVEN": False,
+                    "KEEP": True,
+                    "HUBER": False,
+                    "CHANNELS_LAST": False,
+                    "KEY_STRIDE": 0,
+                    "FAST": fast,
+                }
                 cases.append(
                     StaticCase(
                         diffusion_loss_fwd_kernel, what, forward, {**constants, **weights}, options(fast),

@@ -6,7 +6,6 @@ The C x C matrix, its inverse and the way back to the factors are a few library 
 import torch
 import triton
 import triton.language as tl
-
 from fastgen.kernels._launch import INTERPRET, narrow
 from fastgen.kernels._static import TYPES, StaticCase
 

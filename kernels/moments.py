@@ -129,13 +129,15 @@ def static_cases():
         square = SIDE * SIDE
         cases += [
             StaticCase(
-                moments_sum_kernel, f"{dtype} {rows}x{width}", {**features, "p_partial": "*fp64", **sizes, "part": "i32"}, sides,
+                moments_sum_kernel, f"{dtype} {rows}x{width}",
+                {**features, "p_partial": "*fp64", **sizes, "part": "i32"}, sides,
                 {"num_warps": 4}, elements=part * SIDE, trips=part // ROWS, bytes_per_element=size + 8 / part,
                 wide=dtype == "float32",
             ),
             StaticCase(
                 moments_fwd_kernel, f"{dtype} {rows}x{width}",
-                {**features, **dict.fromkeys(("p_own", "p_moved", "p_count", "p_comoment", "p_new_comoment"), "*fp64"), **sizes},
+                {**features, **dict.fromkeys(["p_own", "p_moved", "p_count", "p_comoment", "p_new_comoment"], "*fp64"),
+                 **sizes},
                 {"STATE": True, **sides, "PANEL": PANEL}, OPTIONS, elements=square, trips=rows // ROWS,
                 # two strips of all rows; the old co-moment once, the new one twice; means, moves and the count
                 bytes_per_element=(2 * rows * SIDE * size + 3 * 8 * square + 4 * 8 * SIDE + 8) / square,

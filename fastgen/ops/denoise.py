@@ -118,7 +118,8 @@ def _prepare(
                 raise ValueError(f"guidance must be a number or have shape [{samples}], got {list(guidance.shape)}")
             guidance = _checks.coefficient_rows(guidance.expand(samples), samples, x, "guidance")
         else:
-            guidance, scale = None, float(guidance)
+            scale = float(guidance)
+            guidance = None
     if history is not None:
         if not isinstance(history, Tensor) or history.dim() == 0:
             raise TypeError(f"history must be a tensor [H, {', '.join(map(str, x.shape))}], got {type(history).__name__}")
@@ -255,13 +256,15 @@ def _fill(
 
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     x_next, x0 = torch.empty_like(x), torch.empty_like(x)
-    _fill(x, *rest, x_next, x0)
+    arguments: tuple[Any, ...] = (x, *rest, x_next, x0)
+    _fill(*arguments)
     return x_next, x0
 
 
 def _forward_alone(x: Tensor, *rest: Any) -> Tensor:
     x_next = torch.empty_like(x)
-    _fill(x, *rest, x_next, None)
+    arguments: tuple[Any, ...] = (x, *rest, x_next, None)
+    _fill(*arguments)
     return x_next
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgen import data
-from fastgen import _extras
+from fastgen import _extras, data
 from fastgen.data import packages
 
 SETS = {
