@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from fastgen.kernels._launch import key_stride, narrow, options, tile
 from fastgen.kernels._philox import normal_tile
+from fastgen.kernels._static import LAUNCHES, TYPES, StaticCase
 
 
 @triton.jit
@@ -195,3 +196,36 @@ def denoise_bwd(
         HAS_NEXT=grad_next is not None, HAS_X0=grad_x0 is not None, BY_X=grad_x is not None, BY_MODEL=grad_model is not None,
         BY_HISTORY=grad_history is not None, BY_VARIANCE=grad_variance is not None, **common,
     )  # fmt: skip
+
+
+def static_cases():
+    cases = []
+    for dtype, rows, event, fast in LAUNCHES:
+        data, size = f"*{TYPES[dtype]}", 4 if dtype == "float32" else 2
+        ROWS, BLOCK = tile(rows, event)
+        numbers = {"rows": "i32", "event": "i32", "model_stride": "i32", "variance_stride": "i32"}
+        numbers |= {"scale": "fp32", "low": "fp32", "high": "fp32"}
+        given = {"p_x": data, "p_model": data, "p_coefficients": "*fp32", "p_key": "*i64", "p_given": None}
+        absent = {"p_guidance": None, "p_variance": None, "p_bounds": None}
+        common = {
+            "GUIDED": False, "SCALED": False, "CLAMPED": True, "PAST": 0, "ROW_STRIDE": 5, "RANGE": False, "BOUNDS_STRIDE": 0,
+            "GIVEN": False, "KEY_STRIDE": 0, "ROWS": ROWS, "BLOCK": BLOCK, "FAST": fast,
+        }  # fmt: skip
+        what = f"{dtype} {rows}x{event} {'fast' if fast else 'exact'}"
+        backward = {"p_grad_next": data, "p_grad_x0": None, "p_grad_x": data, "p_grad_model": data}
+        wanted = {"HAS_NEXT": True, "HAS_X0": False, "BY_X": True, "BY_MODEL": True, "BY_HISTORY": False, "BY_VARIANCE": False}
+        # one row of coefficients a sample, and what its noise is drawn from
+        cases += [
+            StaticCase(
+                denoise_fwd_kernel, what, {**given, "p_history": None, **absent, "p_next": data, "p_x0": data, **numbers},
+                {"VARIANCE": False, "ESTIMATE": True, **common}, options(fast), elements=ROWS * BLOCK,
+                bytes_per_element=4 * size + 32 / event, wide=dtype == "float32",
+            ),
+            StaticCase(
+                denoise_bwd_kernel, what,
+                {**given, **absent, **backward, "p_grad_history": None, "p_grad_variance": None, **numbers},
+                {**wanted, **common}, options(fast), elements=ROWS * BLOCK, bytes_per_element=5 * size + 20 / event,
+                wide=dtype == "float32",
+            ),
+        ]  # fmt: skip
+    return cases

@@ -108,7 +108,7 @@ def _prepare(
     log_variance: Tensor | tuple[Tensor, Tensor] | None,
 ) -> _Inputs:
     (x,) = _checks.common(x=x)
-    samples, scale = x.shape[0], 1.0
+    samples, scale, weights = x.shape[0], 1.0, None
     if guidance is None:
         model_out = _state(model_out, "model_out", x.shape, x)
     else:
@@ -116,10 +116,9 @@ def _prepare(
         if isinstance(guidance, Tensor):
             if guidance.shape != (samples,) and guidance.dim():
                 raise ValueError(f"guidance must be a number or have shape [{samples}], got {list(guidance.shape)}")
-            guidance = _checks.coefficient_rows(guidance.expand(samples), samples, x, "guidance")
+            weights = _checks.coefficient_rows(guidance.expand(samples), samples, x, "guidance")
         else:
             scale = float(guidance)
-            guidance = None
     if history is not None:
         if not isinstance(history, Tensor) or history.dim() == 0:
             raise TypeError(f"history must be a tensor [H, {', '.join(map(str, x.shape))}], got {type(history).__name__}")
@@ -148,7 +147,7 @@ def _prepare(
         key,
         noise,
         None if history is None else history.contiguous(),
-        guidance,
+        weights,
         scale,
         low,
         high,
@@ -256,14 +255,14 @@ def _fill(
 
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     x_next, x0 = torch.empty_like(x), torch.empty_like(x)
-    arguments: tuple[Any, ...] = (x, *rest, x_next, x0)
+    arguments: list[Any] = [x, *rest, x_next, x0]
     _fill(*arguments)
     return x_next, x0
 
 
 def _forward_alone(x: Tensor, *rest: Any) -> Tensor:
     x_next = torch.empty_like(x)
-    arguments: tuple[Any, ...] = (x, *rest, x_next, None)
+    arguments: list[Any] = [x, *rest, x_next, None]
     _fill(*arguments)
     return x_next
 
