@@ -50,4 +50,10 @@ FIGURES = (
     Figure("reparameterize 64x16, forward + backward", "reparameterize", 64, (16,), _EAGER, 3, mode="fwdbwd"),
     Figure("reparameterize 512x256, forward + backward", "reparameterize", 512, (256,), _COMPILED, 3, mode="fwdbwd"),
     Figure("reparameterize 4x16, no gradients", "reparameterize", 4, (16,), (), 10),
+    Figure("affine_coupling 4096x512", "affine_coupling", 4096, (512,), _EAGER, 4, 2.5),
+    Figure("affine_coupling 4096x512, forward + backward", "affine_coupling", 4096, (512,), _EAGER, 4, 2.5, mode="fwdbwd"),
+    Figure("affine_coupling 4096x512", "affine_coupling", 4096, (512,), _COMPILED, 1.3, 1.0),
+    Figure("affine_coupling 4096x512, forward + backward", "affine_coupling", 4096, (512,), _COMPILED, 1.3, 1.0, mode="fwdbwd"),
+    Figure("lu_linear 16x48x16x16", "lu_linear", 16, (48, 16, 16), _EAGER, 1.5, 1.0),
+    Figure("lu_linear 16x48x16x16, forward + backward", "lu_linear", 16, (48, 16, 16), _EAGER, 1.5, 1.0, mode="fwdbwd"),
 )

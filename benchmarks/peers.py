@@ -155,7 +155,57 @@ def _scipy_trace(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
     return lambda: torch.tensor([sqrtm(product).real.trace()])
 
 
+def _eager_coupling(
+    x: Tensor, shift: Tensor, log_scale: Tensor, bound: str | None = None, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As flow libraries have it."""
+    if bound == "tanh":
+        log_scale = torch.tanh(log_scale)
+    elif bound == "sigmoid":
+        log_scale = torch.nn.functional.logsigmoid(log_scale + 2)
+    log_det = log_scale.flatten(1).sum(1)
+    if inverse:
+        return (x - shift) * torch.exp(-log_scale), -log_det
+    return x * torch.exp(log_scale) + shift, log_det
+
+
+@functools.cache
+def _compiled_coupling() -> Callable[..., Any]:
+    return torch.compile(_eager_coupling, dynamic=False)
+
+
+def _coupling(function: Callable[[], Callable[..., Any]]) -> Callable[[dict[str, Any], str], Callable[[], Any]]:
+    return lambda inputs, mode: bind(function(), inputs, mode, ("x", "shift", "log_scale"))
+
+
+def _eager_lu_linear(
+    x: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    log_diagonal: Tensor,
+    sign: Tensor,
+    permutation: Tensor,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As Glow has it: build the matrix, convolve."""
+    left = torch.tril(lower, -1) + torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    matrix = left[permutation] @ (torch.triu(upper, 1) + torch.diag(sign * torch.exp(log_diagonal)))
+    log_det = log_diagonal.sum() * x[0, 0].numel()
+    if inverse:
+        matrix, log_det = torch.inverse(matrix), -log_det
+    return torch.nn.functional.conv2d(x, matrix[:, :, None, None].to(x.dtype)), log_det.expand(len(x))
+
+
+def _lu_linear(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
+    return bind(_eager_lu_linear, inputs, mode, ("x", "lower", "upper", "log_diagonal"))
+
+
 PEERS: dict[str, list[Peer]] = {
+    "affine_coupling": [
+        Peer("eager PyTorch", _coupling(lambda: _eager_coupling)),
+        Peer("torch.compile of it", _coupling(_compiled_coupling)),
+    ],
+    "lu_linear": [Peer("eager PyTorch", _lu_linear)],
     "moments": [
         Peer("torchmetrics' update, float64", _torchmetrics_moments, _check_torchmetrics_moments, modes=("fwd",)),
     ],

@@ -7,6 +7,7 @@ more its successor.
 import triton
 import triton.language as tl
 from fastgen.kernels._launch import narrow, options, tile
+from fastgen.kernels._static import TYPES, StaticCase
 
 BINS = tl.constexpr(2048)
 
@@ -80,13 +81,18 @@ def dynamic_threshold_bwd_kernel(p_x0, p_threshold, p_grad_y, p_grad_x0, rows, e
     tl.store(p_grad_x0 + o, narrow(tl.where(inside, grad, 0.0), p_grad_x0), mask=m)
 
 
+OPTIONS = {"enable_fp_fusion": False, "num_warps": 8}
+
+
+def _part(event):
+    """Elements of a row that a program takes at a time."""
+    return max(16, min(4096, triton.next_power_of_2(event)))
+
+
 def dynamic_threshold_fwd(rows, event, x0, quantile, maximum, y, threshold):
     if not x0.numel():
         return
-    BLOCK = max(16, min(4096, triton.next_power_of_2(event)))
-    dynamic_threshold_fwd_kernel[(rows,)](
-        x0, y, threshold, event, quantile, maximum, BLOCK=BLOCK, enable_fp_fusion=False, num_warps=8
-    )
+    dynamic_threshold_fwd_kernel[(rows,)](x0, y, threshold, event, quantile, maximum, BLOCK=_part(event), **OPTIONS)
 
 
 def dynamic_threshold_bwd(rows, event, x0, threshold, grad_y, grad_x0):
@@ -95,3 +101,26 @@ def dynamic_threshold_bwd(rows, event, x0, threshold, grad_y, grad_x0):
     ROWS, BLOCK = tile(rows, event)
     grid = (triton.cdiv(rows, ROWS) * triton.cdiv(event, BLOCK),)
     dynamic_threshold_bwd_kernel[grid](x0, threshold, grad_y, grad_x0, rows, event, ROWS=ROWS, BLOCK=BLOCK, **options(False))
+
+
+def static_cases():
+    cases = []
+    for dtype in TYPES:
+        data, size, rows, event = f"*{TYPES[dtype]}", 4 if dtype == "float32" else 2, 64, 12288
+        what, part = f"{dtype} {rows}x{event}", _part(event)
+        ROWS, BLOCK = tile(rows, event)
+        cases += [
+            StaticCase(
+                dynamic_threshold_fwd_kernel, what,
+                {"p_x0": data, "p_y": data, "p_threshold": "*fp32", "event": "i32", "quantile": "fp32", "maximum": "fp32"},
+                {"BLOCK": part}, OPTIONS, elements=event, trips=triton.cdiv(event, part), bytes_per_element=2 * size + 4 / event,
+                wide=dtype == "float32",
+            ),
+            StaticCase(
+                dynamic_threshold_bwd_kernel, what,
+                {"p_x0": data, "p_threshold": "*fp32", "p_grad_y": data, "p_grad_x0": data, "rows": "i32", "event": "i32"},
+                {"ROWS": ROWS, "BLOCK": BLOCK}, options(False), elements=ROWS * BLOCK,
+                bytes_per_element=3 * size + 4 / event, wide=dtype == "float32",
+            ),
+        ]  # fmt: skip
+    return cases

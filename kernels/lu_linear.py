@@ -154,22 +154,22 @@ def lu_linear_bwd(
 def static_cases():
     cases = []
     options = {"enable_fp_fusion": True, "num_warps": 4}
+    block, trips = 32, 16
     for dtype, short in TYPES.items():
         data, size = f"*{short}", 4 if dtype == "float32" else 2
-        for channels in (16, 32):
-            sizes = {"all_pixels": "i32", "channels": "i32", "pixels": "i32"}
-            common = {"ROWS": channels, "PIXELS": PIXELS, "ALIGNED": True}
-            what, trips = f"{dtype} {channels} channels", 16
-            cases += [
-                StaticCase(
-                    lu_linear_kernel, what, {"p_x": data, "p_matrix": "*fp32", "p_y": data, **sizes},
-                    {"DEPTH": channels, **common}, options, elements=channels * PIXELS,
-                    bytes_per_element=2 * size + 4 * channels / PIXELS,
-                ),
-                StaticCase(
-                    outer_kernel, what, {"p_left": data, "p_right": data, "p_sums": "*fp32", **sizes},
-                    {"SPLITS": SPLITS, "COLUMNS": channels, **common}, options, elements=channels * PIXELS * trips,
-                    trips=trips, bytes_per_element=2 * size + 4 * channels / (PIXELS * trips),
-                ),
-            ]  # fmt: skip
+        sizes = {"all_pixels": "i32", "channels": "i32", "pixels": "i32"}
+        common = {"ROWS": block, "PIXELS": PIXELS, "ALIGNED": True}
+        what = f"{dtype} {block} channels"
+        cases += [
+            StaticCase(
+                lu_linear_kernel, what, {"p_x": data, "p_matrix": "*fp32", "p_y": data, **sizes},
+                {"DEPTH": block, **common}, options, elements=block * PIXELS,
+                bytes_per_element=2 * size + 4 * block / PIXELS, wide=dtype == "float32",
+            ),
+            StaticCase(
+                outer_kernel, what, {"p_left": data, "p_right": data, "p_sums": "*fp32", **sizes},
+                {"SPLITS": SPLITS, "COLUMNS": block, **common}, options, elements=block * PIXELS * trips,
+                trips=trips, bytes_per_element=2 * size + 4 * block / (PIXELS * trips), wide=dtype == "float32",
+            ),
+        ]  # fmt: skip
     return cases

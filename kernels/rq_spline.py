@@ -6,6 +6,7 @@ Elements stand along the first axis of a tile and their bins along the second, s
 import triton
 import triton.language as tl
 from fastgen.kernels._launch import INTERPRET, narrow
+from fastgen.kernels._static import TYPES, StaticCase
 
 LEAST = tl.constexpr(1e-3)
 UNIT_SLOPE = tl.constexpr(0.5397424172369522)
@@ -235,3 +236,42 @@ def rq_spline_bwd(
         HAS_Y=grad_y is not None, HAS_LOG_DET=grad_log_det is not None, INVERSE=inverse, ZUKO=zuko, BLOCK=BLOCK, bins=bins,
         BINS=BINS, num_warps=4,
     )  # fmt: skip
+
+
+def static_cases():
+    cases = []
+    for dtype in TYPES:
+        for inverse in (False, True):
+            data, size, rows, event, bins = f"*{TYPES[dtype]}", 4 if dtype == "float32" else 2, 4096, 32, 8
+            ROWS, BLOCK, BINS = tile(rows, event, bins)
+            what = f"{dtype} {rows}x{event}, {bins} bins{', inverse' if inverse else ''}"
+            inputs = dict.fromkeys(("p_x", "p_widths", "p_heights", "p_derivatives"), data)
+            common = {"INVERSE": inverse, "ZUKO": False, "bins": bins, "BINS": BINS}
+            gradients = {"p_grad_y": data, "p_grad_log_det": "*fp32"}
+            gradients |= {f"p_grad_{name}": data for name in ("x", "widths", "heights", "derivatives")}
+            parameters = (3 * bins - 1) * size
+            cases.append(
+                StaticCase(
+                    rq_spline_fwd_kernel,
+                    what,
+                    {**inputs, "p_y": data, "p_log_det": "*fp32", "rows": "i32", "event": "i32", "bound": "fp32"},
+                    {**common, "ROWS": ROWS, "BLOCK": BLOCK},
+                    {"num_warps": 4},
+                    elements=ROWS * BLOCK * triton.cdiv(event, BLOCK),
+                    trips=triton.cdiv(event, BLOCK),
+                    bytes_per_element=parameters + 2 * size + 4 / event,
+                )
+            )
+            _, BLOCK, BINS = tile(1, rows * event, bins)
+            cases.append(
+                StaticCase(
+                    rq_spline_bwd_kernel,
+                    what,
+                    {**inputs, **gradients, "elements": "i32", "event": "i32", "bound": "fp32"},
+                    {**common, "HAS_Y": True, "HAS_LOG_DET": True, "BLOCK": BLOCK},
+                    {"num_warps": 4},
+                    elements=BLOCK,
+                    bytes_per_element=2 * parameters + 3 * size + 4 / event,
+                )
+            )
+    return cases
