@@ -113,8 +113,9 @@ def static_cases():
             StaticCase(
                 dynamic_threshold_fwd_kernel, what,
                 {"p_x0": data, "p_y": data, "p_threshold": "*fp32", "event": "i32", "quantile": "fp32", "maximum": "fp32"},
-                {"BLOCK": part}, OPTIONS, elements=event, trips=triton.cdiv(event, part), bytes_per_element=2 * size + 4 / event,
-                wide=dtype == "float32",
+                # five reads of a row, all but the first from the cache, and a write
+                {"BLOCK": part}, OPTIONS, elements=event, trips=triton.cdiv(event, part),
+                bytes_per_element=6 * size + 4 / event, wide=dtype == "float32",
             ),
             StaticCase(
                 dynamic_threshold_bwd_kernel, what,

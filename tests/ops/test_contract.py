@@ -317,7 +317,13 @@ def test_nan_stays_in_its_sample(spec, backend, folder):
                         continue  # not one row per sample
                     others = [0, 1, 3, 4]
                     assert torch.equal(value[others], clean[part][output][others]), (name, output)
-            assert any(v[2].isnan().any() for v in spoilt[0].values()), f"a NaN in {name} vanished"
+            if backend == "reference":  # there, the reference may not take a NaN
+                assert any(v[2].isnan().any() for v in spoilt[0].values()), f"a NaN in {name} vanished"
+                continue
+            # it may go unread, such as the derivative at a knot of another bin: the reference knows
+            expected, _ = truth(spec, {**inputs, name: dirty})
+            for output, value in spoilt[0].items():
+                assert bool(value[2].isnan().any()) == bool(expected[output][2].isnan().any()), (name, output)
 
 
 @every_op
