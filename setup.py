@@ -86,7 +86,8 @@ class BuildWithNinja(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "native"
+        # not in build_temp, which differs between pip and a build in place: objects are compiled once for both
+        build = (Path("build") / "native").resolve()
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
