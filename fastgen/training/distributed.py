@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -54,9 +53,16 @@ class World:
             dist.barrier()
 
 
-@contextmanager
-def world(device: torch.device | str | None) -> Iterator[World]:
-    """The processes of this run; joins the group that ``torchrun`` describes, and leaves it at the end.
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world(device: torch.device | str | None) -> World:
+    """The processes of this run; joins the group that ``torchrun`` describes, unless the process is in one already.
+
+    A group that was joined here is kept to the end of the process: gloo and NCCL hang now and then where a group is joined
+    a second time under the same address, and a program may train more than once.
 
     Args:
         device: None for CUDA where there is one (under ``torchrun`` the local rank's), else the CPU.
@@ -67,16 +73,12 @@ def world(device: torch.device | str | None) -> Iterator[World]:
     started = dist.is_available() and dist.is_initialized()
     size = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World(0, 1, device)
-        return
+        return World(0, 1, device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not started:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield World(dist.get_rank(), size, device)
-    finally:
-        if not started:
-            dist.destroy_process_group()
+        atexit.register(_leave)
+    return World(dist.get_rank(), size, device)

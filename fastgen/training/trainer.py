@@ -463,7 +463,7 @@ def fit(
     }
     with ExitStack() as stack:
         stop = stack.enter_context(_stop_on_signals())
-        where = stack.enter_context(world(device))
+        where = world(device)
         stack.enter_context(torch.random.fork_rng([where.device] if where.device.type == "cuda" else []))
         stored = _read_state(run_dir, resume, config)
         where.wait()  # before the first process writes what the others look for

@@ -59,6 +59,11 @@ def kill(folder: str, kills: str) -> None:
     say(last)
 
 
+def finish(folder: str, steps: str) -> None:
+    """Train to ``steps``, from where the run stands or from the beginning."""
+    fit(make_tiny(), labelled_data(), steps=int(steps), out=folder, resume=True, **{**OPTIONS, "checkpoint_every": 50})
+
+
 def distributed(folder: str, steps: str) -> None:
     """Train two models as one of several processes, if the environment says so."""
     model = make_tiny(dropout=0.0)
@@ -72,4 +77,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     registry.names()
     registry._entries.update(ENTRIES)
-    {"train": train, "kill": kill, "distributed": distributed}[sys.argv[1]](*sys.argv[2:])
+    {"train": train, "kill": kill, "finish": finish, "distributed": distributed}[sys.argv[1]](*sys.argv[2:])
