@@ -19,7 +19,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = {"neon": ["-DFASTGEN_NEON"], "scalar": [], "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"], "avx512": ["-march=x86-64-v4"]}
+FLAGS = {
+    "neon": ["-DFASTGEN_NEON"],
+    "scalar": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
+    "avx512": ["-march=x86-64-v4"],
+}
 COMMON = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 
