@@ -230,10 +230,14 @@ def _example_inputs(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     generator: torch.Generator | None = None,
-    codes: int = 24,
+    codes: int | None = None,
+    many: bool = False,
     offset: float = 0.0,
     statistics: bool = False,
 ) -> dict[str, Any]:
+    if codes is None:  # 16 vectors a code, or with `many` as many codes as vectors
+        codes = max(1, rows) if many else max(24, rows // 16)
+
     def draw(count: int) -> Tensor:
         return (torch.randn(count, *event, generator=generator) + offset).to(device, dtype)
 
@@ -256,10 +260,10 @@ SPEC = OpSpec(
     extra_outputs={"counts": "exact", "sums": "reduction"},
     gradients=("z", "codebook"),
     example_inputs=_example_inputs,
-    flags={"codes": (24, 1, 9, 100, 1024, 8192), "offset": (0.0, 100.0), "statistics": (False, True)},
+    flags={"codes": (None, 1, 9, 100), "many": (False, True), "offset": (0.0, 100.0), "statistics": (False, True)},
     event_ranks=(1,),
     sizes=(0, 1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 64, 65, 127, 300),
-    shapes=((256, (16,)), (4096, (64,)), (65536, (64,))),
+    shapes=((256, (16,)), (2048, (32,)), (16384, (64,))),
     bytes_moved=_bytes_moved,
     gradient_precision="reduction",
 )
