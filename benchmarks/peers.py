@@ -225,7 +225,9 @@ def _check_choice(index: Tensor, inputs: dict[str, Any]) -> None:
     from fastgen.ops.nearest_code import nearest_code_reference
 
     chosen = (inputs["z"].double() - inputs["codebook"].double()[index]).square().sum(1)
-    if not torch.allclose(chosen, nearest_code_reference(inputs["z"].double(), inputs["codebook"].double()).distance, rtol=1e-3):
+    if not torch.allclose(
+        chosen, nearest_code_reference(inputs["z"].double(), inputs["codebook"].double()).distance, rtol=1e-3
+    ):
         raise ParityError("some codes are not the nearest")
 
 

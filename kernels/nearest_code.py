@@ -194,9 +194,7 @@ def nearest_code_fwd(rows, codes, width, z, codebook, index, distance, counts, s
 def nearest_code_bwd(rows, codes, width, z, codebook, index, grad_distance, grad_z, grad_codebook):
     if grad_z is not None and z.numel():
         grid = (triton.cdiv(rows, ROWS) * triton.cdiv(width, DEPTH),)
-        nearest_code_bwd_kernel[grid](
-            z, codebook, index, grad_distance, grad_z, rows, width, ROWS=ROWS, DEPTH=DEPTH, **OPTIONS
-        )
+        nearest_code_bwd_kernel[grid](z, codebook, index, grad_distance, grad_z, rows, width, ROWS=ROWS, DEPTH=DEPTH, **OPTIONS)
     if grad_codebook is not None:
         _sum_by_code(codes, width, index.flatten(), z, grad_codebook, codebook, grad_distance)
 

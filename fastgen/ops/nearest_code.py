@@ -163,9 +163,7 @@ class _NearestCode(torch.autograd.Function):
     """Saves the inputs and the choice."""
 
     @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, codebook: Tensor, statistics: bool, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, z: Tensor, codebook: Tensor, statistics: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         index, distance, counts, sums = _find(z, codebook, statistics, backend)
         ctx.mark_non_differentiable(index, counts, sums)
         ctx.save_for_backward(z, codebook, index)
@@ -176,9 +174,7 @@ class _NearestCode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Any, grad_distance: Tensor, *__: Any) -> tuple[Tensor | None, ...]:
         by_z, by_codebook = ctx.needs_input_grad[:2]
-        grad_z, grad_codebook = _differentiate(
-            *ctx.saved_tensors, grad_distance.contiguous(), by_z, by_codebook, ctx.backend
-        )
+        grad_z, grad_codebook = _differentiate(*ctx.saved_tensors, grad_distance.contiguous(), by_z, by_codebook, ctx.backend)
         return grad_z if by_z else None, grad_codebook if by_codebook else None, None, None
 
 
