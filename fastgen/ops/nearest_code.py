@@ -7,10 +7,11 @@ Gradients flow through ``distance`` to ``z`` and ``codebook``, the choice itself
 
     dz = 2 ddistance (z - c_index),    dc_k = sum of 2 ddistance (c_k - z) over the vectors that chose code k
 
-The index is exact: that of the smallest distance in float64, the lowest where several are equal, whatever backend or instruction
-set. Scores z.c - |c|^2 / 2 in float32, both centred at the mean code so that a common offset cancels nothing, say which codes can
-be nearest at all, by a bound on their rounding; where that leaves more than one, those are measured in float64. ``distance`` is the
-float64 value, rounded once. Sums over vectors are taken in float64 and in order: nothing depends on the number of threads.
+The index is exact: that of the smallest distance in float64, the lowest where several are equal, whatever the backend or
+instruction set. Scores z.c - |c|^2 / 2 in float32, both centred at the mean code so that a common offset cancels nothing, say
+which codes can be nearest at all, by a bound on their rounding; where that leaves more than one, those are measured in float64.
+``distance`` is the float64 value, rounded once. Sums over vectors are taken in float64 and in order: nothing depends on the
+number of threads.
 
 A vector that holds a NaN or an infinity has the index 0 and a distance that is not finite; it counts in no statistics. A code
 that does is not chosen, unless there is no other.
@@ -190,15 +191,15 @@ def nearest_code(
     """Find the nearest code for each vector: the row of the codebook at the smallest squared Euclidean distance.
 
     Args:
-        z: [..., D], floating point, vectors in the last dimension: [N, D], [N, T, D], or images as [N, H, W, C]. bfloat16 beside
-            a float32 codebook is widened. float64 is served by the reference.
+        z: [..., D], floating point, vectors in the last dimension: [N, D], [N, T, D], or images as [N, H, W, C]. bfloat16
+            beside a float32 codebook is widened. float64 is served by the reference.
         codebook: [K, D], one code a row, K at least 1.
         statistics: also count and sum the vectors of each code; constants for autograd.
         backend: None, "reference", "cpp" or "triton".
 
     Returns:
-        ``(index, distance)``, both [...]: int64, and float32 (float64 for float64). With ``statistics`` also ``(counts, sums)``:
-        int64 [K] and float32 [K, D]. Memory beside the results is a few codebooks, never [..., K].
+        ``(index, distance)``, both [...]: int64, and float32 (float64 for float64). With ``statistics`` also
+        ``(counts, sums)``: int64 [K] and float32 [K, D]. Memory beside the results is a few codebooks, never [..., K].
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, shape or device.
