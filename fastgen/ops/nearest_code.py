@@ -16,7 +16,7 @@ number of threads.
 A vector that holds a NaN or an infinity has the index 0 and a distance that is not finite; it counts in no statistics. A code
 that does is not chosen, unless there is no other.
 
-Source: van den Oord, Vinyals and Kavukcuoglu (2017), "Neural discrete representation learning", equations 1, 2 and appendix A.1.
+Source: van den Oord, Vinyals and Kavukcuoglu (2017), "Neural discrete representation learning", eq. 1, 2 and appendix A.1.
 """
 
 from __future__ import annotations
