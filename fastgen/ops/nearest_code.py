@@ -26,7 +26,6 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.ops import _dispatch, _native
 from fastgen.ops._spec import OpSpec
@@ -167,12 +166,13 @@ class _NearestCode(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, codebook: Tensor, statistics: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         index, distance, counts, sums = _find(z, codebook, statistics, backend)
         ctx.mark_non_differentiable(index, counts, sums)
+        ctx.set_materialize_grads(False)  # of those there are none
         ctx.save_for_backward(z, codebook, index)
         ctx.backend = backend
         return index, distance, counts, sums
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, _: Any, grad_distance: Tensor, *__: Any) -> tuple[Tensor | None, ...]:
         by_z, by_codebook = ctx.needs_input_grad[:2]
         grad_z, grad_codebook = _differentiate(*ctx.saved_tensors, grad_distance.contiguous(), by_z, by_codebook, ctx.backend)
