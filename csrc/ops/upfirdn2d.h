@@ -9,9 +9,12 @@
 
 FASTGEN_BEGIN
 
-// One direction. Output o meets weight k of the filter at input (o * down - pad + k) / up, where that is whole.
+// One direction. Output o meets weight k of the filter at input (o * down - pad + k) / up, where that is whole. Divisions are
+// slow, so that all are made beforehand.
 struct Axis {
   int64_t in, out, up, down, pad, size, phases, step;
+  int64_t *first, *weight;  // of each output: the first input that it meets, and the weight there
+  int64_t lowest, span;     // inputs [lowest, lowest + span) are all that any output meets
   Axis(int64_t in_, int64_t out_, int64_t up_, int64_t down_, int64_t pad_, int64_t size_)
       : in(in_), out(out_), up(up_), down(down_), pad(pad_), size(size_) {
     int64_t a = up, b = down;
@@ -19,22 +22,19 @@ struct Axis {
       const int64_t rest = a % b;
       a = b, b = rest;
     }
-    phases = up / a, step = down / a;
+    phases = min(up / a, out), step = down / a;
+    first = new int64_t[2 * out], weight = first + out;
+    for (int64_t o = 0; o < out; ++o) {
+      const int64_t start = o * down - pad;
+      first[o] = start >= 0 ? ceil_div(start, up) : -(-start / up);
+      weight[o] = first[o] * up - start;
+    }
+    const int64_t end = (out - 1) * down - pad + size - 1;  // the last place of the filter
+    lowest = first[0];
+    span = max(0, (end >= 0 ? end / up : -ceil_div(-end, up)) - lowest + 1);
   }
-  int64_t start(int64_t o) const { return o * down - pad; }
-  // the first input that output o meets, the weight there, and how many it meets
-  int64_t first(int64_t o) const {
-    const int64_t s = start(o);
-    return s >= 0 ? ceil_div(s, up) : -(-s / up);
-  }
-  int64_t weight(int64_t o) const { return first(o) * up - start(o); }
-  int64_t taps(int64_t o) const { return max(0, ceil_div(size - weight(o), up)); }
-  // inputs [lowest, lowest + span) are all that any output meets
-  int64_t lowest() const { return first(0); }
-  int64_t span() const {
-    const int64_t end = start(out - 1) + size - 1;  // the last place of the filter
-    return max(0, (end >= 0 ? end / up : -ceil_div(-end, up)) - lowest() + 1);
-  }
+  Axis(const Axis&) = delete;
+  ~Axis() { delete[] first; }
 };
 
 // A sum of N rows of S with weights; N = 0: as many as `taps` says.
@@ -127,24 +127,34 @@ struct Filter {
 struct Workspace {
   const Axis& axis;
   const Filter& filter;
-  int64_t unit, parts, part, row, rows;
+  int64_t unit, parts, part, row, most;
+  int64_t begin, count, offset;  // inputs [begin, begin + count) are in the image, `offset` pixels into the row here
   float *memory, *whole, *scratch, *weights;
   const float** sources;
-  int64_t* taps;
+  int64_t *taps, *places;  // places: of each tap within a row
 
-  Workspace(const Axis& axis_, const Filter& filter_, int64_t unit_, int64_t rows_)
-      : axis(axis_), filter(filter_), unit(unit_), parts(unit == 1 ? axis.step : 1), rows(rows_) {
-    part = (ceil_div(axis.span(), parts) + 2) * unit + 2 * LANES;
+  Workspace(const Axis& axis_, const Filter& filter_, int64_t unit_, int64_t rows)
+      : axis(axis_), filter(filter_), unit(unit_), parts(unit == 1 ? axis.step : 1), most(rows * axis.size) {
+    part = (ceil_div(axis.span, parts) + 2) * unit + 2 * LANES;
     row = part * parts;
+    begin = min(max(axis.lowest, 0), axis.in);
+    count = max(0, min(axis.lowest + axis.span, axis.in) - begin);
+    offset = begin - axis.lowest;
     const int64_t scattered = unit == 1 && axis.phases > 2 ? ceil_div(axis.out, axis.phases) + LANES : 0;
-    const int64_t most = rows * axis.size;
-    memory = new float[rows * row + axis.span() * unit + LANES + scattered * axis.phases + axis.phases * most + 1];
+    memory = new float[rows * row + axis.span * unit + LANES + scattered + axis.phases * most + 1];
     for (int64_t i = 0; i < rows * row; ++i) memory[i] = 0;
     whole = memory + rows * row;
-    scratch = whole + axis.span() * unit + LANES;
-    weights = scratch + scattered * axis.phases;
+    scratch = whole + axis.span * unit + LANES;
+    weights = scratch + scattered;
     sources = new const float*[axis.phases * most + 1];
-    taps = new int64_t[axis.phases];
+    taps = new int64_t[axis.phases * (axis.size + 1)];
+    places = taps + axis.phases;
+    for (int64_t r = 0; r < axis.phases; ++r) {
+      int64_t at = axis.first[r] - axis.lowest;
+      for (int64_t t = 0, k = axis.weight[r]; k < axis.size; ++t, ++at, k += axis.up)
+        places[r * axis.size + t] = at % parts * part + at / parts * unit;
+    }
+    meet_none();
   }
   Workspace(const Workspace&) = delete;
   ~Workspace() {
@@ -152,50 +162,47 @@ struct Workspace {
     delete[] sources;
     delete[] taps;
   }
-  int64_t most() const { return rows * axis.size; }
-
-  // The inputs of a row that are in the image: [begin, begin + count) of it, `offset` pixels into the row here.
-  int64_t begin() const { return min(max(axis.lowest(), 0), axis.in); }
-  int64_t count() const { return max(0, min(axis.lowest() + axis.span(), axis.in) - begin()); }
-  int64_t offset() const { return begin() - axis.lowest(); }
-
   // Row `slot` = the sum of input rows with weights.
   template <class T>
   INLINE void fill(int64_t slot, const T* const* inputs, const float* weight, int64_t number) {
-    float* out = parts == 1 ? memory + slot * row + offset() * unit : whole;
+    float* out = parts == 1 ? memory + slot * row + offset * unit : whole;
     with_taps(number, [&](auto chosen) {
       const Sum<decltype(chosen)::count, T> sum(inputs, weight, number);
-      for_blocks(count() * unit, [&](int64_t i, int64_t n) { block_store(out + i, sum.at(i, n), n); });
+      for_blocks(count * unit, [&](int64_t i, int64_t n) { block_store(out + i, sum.at(i, n), n); });
     });
     if (parts > 1) split(memory + slot * row);
   }
   INLINE void split(float* out) const {
     int64_t i = 0;
     if (parts == 2) {
-      float *even = out + offset() % 2 * part + offset() / 2, *odd = out + (offset() + 1) % 2 * part + (offset() + 1) / 2;
-      for (; i + 2 * LANES <= count(); i += 2 * LANES) {
+      float *even = out + offset % 2 * part + offset / 2, *odd = out + (offset + 1) % 2 * part + (offset + 1) / 2;
+      for (; i + 2 * LANES <= count; i += 2 * LANES) {
         vf a, b;
         deinterleave(load<vf>(whole + i), load<vf>(whole + i + LANES), a, b);
         store(even + i / 2, a);
         store(odd + i / 2, b);
       }
     }
-    for (; i < count(); ++i) out[(offset() + i) % parts * part + (offset() + i) / parts] = whole[i];
+    for (; i < count; ++i) out[(offset + i) % parts * part + (offset + i) / parts] = whole[i];
   }
   // Sources and weights of every phase from row `slot` and a row of the filter; adds to those of rows before.
-  INLINE void meet(int64_t slot, const float* weight, bool more) {
-    for (int64_t r = 0; r < min(axis.phases, axis.out); ++r) {
-      if (!more) taps[r] = 0;
-      const int64_t at = axis.first(r) - axis.lowest(), k = axis.weight(r);
-      for (int64_t t = 0; t < axis.taps(r); ++t, ++taps[r]) {
-        sources[r * most() + taps[r]] = memory + slot * row + (at + t) % parts * part + (at + t) / parts * unit;
-        weights[r * most() + taps[r]] = weight[k + t * axis.up];
+  INLINE void meet(int64_t slot, const float* weight) {
+    const float* from = memory + slot * row;
+    for (int64_t r = 0; r < axis.phases; ++r) {
+      const int64_t *place = places + r * axis.size, at = r * most + taps[r];
+      for (int64_t t = 0, k = axis.weight[r]; k < axis.size; ++t, k += axis.up) {
+        sources[at + t] = from + place[t];
+        weights[at + t] = weight[k];
+        ++taps[r];
       }
     }
   }
+  INLINE void meet_none() {
+    for (int64_t r = 0; r < axis.phases; ++r) taps[r] = 0;
+  }
   template <int N>
   INLINE Sum<N, float> sum(int64_t r) const {
-    return Sum<N, float>(sources + r * most(), weights + r * most(), taps[r]);
+    return Sum<N, float>(sources + r * most, weights + r * most, taps[r]);
   }
   // The outputs of one row.
   template <class T>
@@ -229,7 +236,7 @@ struct Workspace {
   template <class T>
   INLINE void emit_scattered(T* y) const {
     const int64_t length = ceil_div(axis.out, axis.phases);
-    for (int64_t r = 0; r < min(axis.phases, axis.out); ++r) {
+    for (int64_t r = 0; r < axis.phases; ++r) {
       const auto total = sum<0>(r);
       for (int64_t i = 0; i < length; i += LANES) store(scratch + i, total.at(i, LANES));
       for (int64_t o = r, i = 0; o < axis.out; o += axis.phases, ++i) narrow(scratch[i], y[o]);
@@ -237,7 +244,7 @@ struct Workspace {
   }
   template <class T>
   INLINE void emit_pixels(T* y, bool stream) const {
-    for (int64_t r = 0; r < min(axis.phases, axis.out); ++r)
+    for (int64_t r = 0; r < axis.phases; ++r)
       with_taps(taps[r], [&](auto chosen) {
         const auto total = sum<decltype(chosen)::count>(r);
         for (int64_t o = r, q = 0; o < axis.out; o += axis.phases, q += axis.step)
@@ -260,24 +267,28 @@ INLINE void upfirdn2d_as(int64_t images, int64_t unit, const T* x, const Filter&
     float* weight = new float[vertical.size];
     int64_t* held = new int64_t[rows];  // which input row each slot holds, for filters that are no products
     for (int64_t i = 0; i < rows; ++i) held[i] = -1;
-    if (filter.product) work.meet(0, filter.horizontal, false);
-    for (int64_t i = task * group; i < min(all, (task + 1) * group); ++i) {
-      const int64_t image = i / vertical.out, o = i % vertical.out;
-      const int64_t first = vertical.first(o), k = vertical.weight(o), taps = vertical.taps(o);
-      const T* source = x + (image * vertical.in * horizontal.in + work.begin()) * unit;
+    if (filter.product) work.meet(0, filter.horizontal);
+    const int64_t begin = task * group, end = min(all, begin + group);
+    int64_t image = begin / vertical.out, o = begin % vertical.out;
+    for (int64_t i = begin; i < end; ++i) {
       int64_t number = 0;
-      for (int64_t t = 0; t < horizontal.phases && !filter.product; ++t) work.taps[t] = 0;
-      for (int64_t t = max(0, -first); t < taps && first + t < vertical.in; ++t, ++number) {
-        inputs[number] = source + (first + t) * horizontal.in * unit;
-        weight[number] = filter.product ? filter.vertical[k + t * vertical.up] : 1.0f;
-        if (filter.product) continue;
-        const int64_t slot = (first + t) % rows, which = image * vertical.in + first + t;
-        if (held[slot] != which) work.fill(slot, inputs + number, weight + number, 1);
-        held[slot] = which;
-        work.meet(slot, filter.whole + (k + t * vertical.up) * filter.width, true);
+      if (!filter.product) work.meet_none();
+      for (int64_t from = vertical.first[o], k = vertical.weight[o]; k < vertical.size; ++from, k += vertical.up) {
+        if (from < 0 || from >= vertical.in) continue;
+        const int64_t which = image * vertical.in + from;
+        inputs[number] = x + (which * horizontal.in + work.begin) * unit;
+        weight[number] = filter.product ? filter.vertical[k] : 1.0f;
+        if (!filter.product) {
+          const int64_t slot = from % rows;
+          if (held[slot] != which) work.fill(slot, inputs + number, weight + number, 1);
+          held[slot] = which;
+          work.meet(slot, filter.whole + k * filter.width);
+        }
+        ++number;
       }
       if (filter.product) work.fill(0, inputs, weight, number);
       work.emit(y + i * line, stream);
+      if (++o == vertical.out) o = 0, ++image;
     }
     delete[] inputs;
     delete[] weight;
