@@ -195,9 +195,7 @@ def bias_act_fwd(outer, channels, inner, x, b, y, act, alpha, gain, clamp):
     )  # fmt: skip
 
 
-def _differentiate(
-    outer, channels, inner, x, b, grad_y, along_x, along_b, out_grad_y, out_x, sums, act, alpha, gain, clamp
-):
+def _differentiate(outer, channels, inner, x, b, grad_y, along_x, along_b, out_grad_y, out_x, sums, act, alpha, gain, clamp):
     if not x.numel():
         if sums is not None:
             sums.zero_()
@@ -225,12 +223,8 @@ def bias_act_bwd(outer, channels, inner, x, b, grad_y, grad_x, sums, act, alpha,
     _differentiate(outer, channels, inner, x, b, grad_y, None, None, None, grad_x, sums, act, alpha, gain, clamp)
 
 
-def bias_act_bwd_bwd(
-    outer, channels, inner, x, b, grad_y, along_x, along_b, out_grad_y, out_x, sums, act, alpha, gain, clamp
-):
-    _differentiate(
-        outer, channels, inner, x, b, grad_y, along_x, along_b, out_grad_y, out_x, sums, act, alpha, gain, clamp
-    )
+def bias_act_bwd_bwd(outer, channels, inner, x, b, grad_y, along_x, along_b, out_grad_y, out_x, sums, act, alpha, gain, clamp):
+    _differentiate(outer, channels, inner, x, b, grad_y, along_x, along_b, out_grad_y, out_x, sums, act, alpha, gain, clamp)
 
 
 def static_cases():

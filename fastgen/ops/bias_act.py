@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fastgen.ops import _checks, _dispatch, _native
@@ -125,9 +124,7 @@ def _extents(x: Tensor, b: Tensor | None, dim: int) -> tuple[int, int, int]:
     return math.prod(x.shape[:dim]), channels, math.prod(x.shape[dim + 1 :])
 
 
-def _forward(
-    x: Tensor, b: Tensor | None, dim: int, act: int, alpha: float, gain: float, clamp: float, backend: str
-) -> Tensor:
+def _forward(x: Tensor, b: Tensor | None, dim: int, act: int, alpha: float, gain: float, clamp: float, backend: str) -> Tensor:
     y, extents = torch.empty_like(x), _extents(x, b, dim)
     if backend == "cpp":
         _native.kernel("bias_act_fwd")(
@@ -254,7 +251,7 @@ class _BiasActGradient(torch.autograd.Function):
         return _first_gradient(x, b, grad_y, summed, dim, options, backend)
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, along_x: Tensor | None, along_b: Tensor | None) -> tuple[Tensor | None, ...]:
         x, b, grad_y = ctx.saved_tensors
         along_x = along_x if along_x is None else _checks.dense(along_x, _checks.is_channels_last(x))

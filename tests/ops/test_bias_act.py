@@ -53,7 +53,7 @@ def test_derivatives_against_differences(act):
     x = v.float().requires_grad_()
     (slope,) = torch.autograd.grad(ops.bias_act(x, act=act).sum(), x, create_graph=True)
     torch.testing.assert_close(slope.double(), (f[2] - f[0]) / (2 * step), rtol=1e-5, atol=1e-6)
-    (curve,) = torch.autograd.grad(slope.sum(), x)
+    (curve,) = torch.autograd.grad(slope.sum() + 0 * x.sum(), x)
     torch.testing.assert_close(curve.double(), (f[2] - 2 * f[1] + f[0]) / step**2, rtol=1e-4, atol=1e-5)
 
 
@@ -66,7 +66,7 @@ def test_extreme_inputs(act):
         x = torch.tensor([grid], dtype=torch.float32).to(dtype).requires_grad_()
         y = ops.bias_act(x, act=act)
         (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        (curve,) = torch.autograd.grad(slope.sum(), x, materialize_grads=True)
+        (curve,) = torch.autograd.grad(slope.sum() + 0 * x.sum(), x)
         results.append((y, slope, curve))
     for got, expected in zip(*results, strict=True):
         assert got.isfinite().all()
@@ -148,7 +148,7 @@ def test_no_third_derivative():
     x = torch.randn(2, 3, requires_grad=True)
     (first,) = torch.autograd.grad(ops.bias_act(x, act="tanh").sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="a fused op can be differentiated once"):
         torch.autograd.grad(second.sum(), x)
 
 
