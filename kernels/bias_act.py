@@ -44,7 +44,7 @@ def activate(b_v, alpha, ACT: tl.constexpr):
     elif ACT == LRELU:
         b_value = tl.where(b_v > 0.0, b_v, b_v * alpha)
         b_slope = tl.where(b_v > 0.0, 1.0, b_zero + alpha)
-    elif ACT == ELU or ACT == SELU:
+    elif (ACT == ELU) | (ACT == SELU):
         SCALE: tl.constexpr = 1.0507009873554805 if ACT == SELU else 1.0
         LOW: tl.constexpr = 1.7580993408473766 if ACT == SELU else 1.0
         b_below = tl.where(b_v > 0.0, 0.0, b_v)
@@ -100,11 +100,8 @@ def biased_jet(b_v, alpha, gain, clamp, ACT: tl.constexpr, CLAMPED: tl.constexpr
 @triton.jit
 def per_channel(p, i_row, m_row, i_column, m_column, channels, BY_ROW: tl.constexpr):
     """One number per channel as a column [ROWS, 1] or a row [1, BLOCK]."""
-    if BY_ROW:
-        b = tl.load(p + i_row % channels, mask=m_row, other=0.0)
-    else:
-        b = tl.load(p + i_column, mask=m_column, other=0.0)
-    return b
+    i, m = (i_row % channels, m_row) if BY_ROW else (i_column, m_column)
+    return tl.load(p + i, mask=m, other=0.0)
 
 
 @triton.jit
@@ -133,10 +130,7 @@ def bias_act_bwd_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient, or where AGAIN the gradient of that, of TILES tiles: to the right by row, else one below the other."""
-    if BY_ROW:
-        bands = tl.cdiv(event, TILES * BLOCK)
-    else:
-        bands = tl.cdiv(event, BLOCK)
+    bands = tl.cdiv(event, TILES * BLOCK if BY_ROW else BLOCK)
     i_band = tl.program_id(0) % bands
     i_group = tl.program_id(0) // bands
     b_total = tl.zeros((ROWS, BLOCK), tl.float32)

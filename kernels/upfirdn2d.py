@@ -1,8 +1,8 @@
 """upfirdn2d in Triton: every output sums the few weights of the filter that meet a pixel; no zero is read or multiplied.
 
-One program takes a tile: [rows of all planes, columns] of images in logical order, [pixels, channels] with the channels last. Its
-neighbours' reads of the same pixels are served by the first-level cache. Long filters given as [K] run in two launches, down
-and then across.
+One program takes a tile: [rows of all planes, columns] of images in logical order, [pixels, channels] with the channels last.
+Its neighbours' reads of the same pixels are served by the first-level cache. Long filters given as [K] run in two launches,
+down and then across.
 """
 
 import torch

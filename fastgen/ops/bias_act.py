@@ -13,7 +13,8 @@ and F(v) = gain * act(v) where that is within the clamp, else a constant,
     dx = dy * F'(v),  db = sum(dx);    for g, the gradient of dx:  d(dy) = g * F'(v),  d(x) = g * dy * F''(v)
 
 Source: Karras et al. (2020), "Analyzing and improving the image quality of StyleGAN" (arXiv:1912.04958), appendix B; He et al.
-(2015), "Delving deep into rectifiers" (arXiv:1502.01852) for the gains; Ramachandran et al. (2017), arXiv:1710.05941, for swish.
+(2015), "Delving deep into rectifiers" (arXiv:1502.01852) for the gains; Ramachandran et al. (2017), arXiv:1710.05941, for
+swish.
 """
 
 from __future__ import annotations

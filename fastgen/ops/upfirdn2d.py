@@ -56,7 +56,7 @@ def _filter_size(f: Tensor | None) -> tuple[int, int]:
 def _prepared(
     x: Tensor, f: Tensor | None, up: int | Sequence[int], down: int | Sequence[int], padding: int | Sequence[int]
 ) -> tuple[Tensor | None, list[int]]:
-    """The filter as a dense constant, and the geometry: up, down (x, y), padding (x, x, y, y), height and width of the output."""
+    """The filter as a dense constant; up and down (x, y), padding (x, x, y, y), height and width of the output."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.dim() != 4:

@@ -154,7 +154,7 @@ def test_no_third_derivative():
 
 def test_errors():
     x = torch.zeros(3, 4)
-    with pytest.raises(ValueError, match="act must be one of linear, relu, .*, got 'gelu'"):
+    with pytest.raises(ValueError, match=r"act must be one of linear, relu, .*, got 'gelu'"):
         ops.bias_act(x, act="gelu")
     with pytest.raises(ValueError, match="alpha is the slope of lrelu below 0, act is 'relu'"):
         ops.bias_act(x, act="relu", alpha=0.1)
@@ -166,5 +166,5 @@ def test_errors():
         ops.bias_act(x, torch.zeros(3), dim=2)
     with pytest.raises(TypeError, match="b must be None or a floating-point tensor, got float"):
         ops.bias_act(x, 1.0)
-    with pytest.raises(TypeError, match="x must be a floating-point tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got torch\.int64"):
         ops.bias_act(x.long())
