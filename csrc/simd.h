@@ -377,11 +377,8 @@ INLINE void deinterleave(vf low, vf high, vf& a, vf& b) {
 #elif defined(__AVX2__)
   const __m256 one = _mm256_permute2f128_ps((__m256)low, (__m256)high, 0x20);
   const __m256 two = _mm256_permute2f128_ps((__m256)low, (__m256)high, 0x31);
-  // in each half: 0 2 and 1 3 of both
   a = (vf)_mm256_shuffle_ps(one, two, 0x88);
   b = (vf)_mm256_shuffle_ps(one, two, 0xDD);
-  a = (vf)_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd((__m256)a), 0xD8));
-  b = (vf)_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd((__m256)b), 0xD8));
 #elif defined(FASTGEN_NEON)
   a = (vf)vuzp1q_f32((float32x4_t)low, (float32x4_t)high);
   b = (vf)vuzp2q_f32((float32x4_t)low, (float32x4_t)high);
