@@ -284,8 +284,8 @@ def downsample2d(
 ) -> Tensor:
     """:func:`upfirdn2d` to a ``down``-th of the size, where that is whole and ``padding`` is 0."""
     (down_x, down_y), (x0, x1, y0, y1), (width, height) = _pair(down, "down"), _padding(padding), _filter_size(f)
-    sides = (x0 + (width - down_x + 1) // 2, x1 + (width - down_x) // 2)
-    sides += (y0 + (height - down_y + 1) // 2, y1 + (height - down_y) // 2)
+    before_x, before_y = x0 + (width - down_x + 1) // 2, y0 + (height - down_y + 1) // 2
+    sides = (before_x, x1 + (width - down_x) // 2, before_y, y1 + (height - down_y) // 2)
     return upfirdn2d(x, f, down=down, padding=sides, flip_filter=flip_filter, gain=gain, backend=backend)
 
 
