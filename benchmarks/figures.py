@@ -41,6 +41,8 @@ class Figure:
 _RANDN = ("torch.randn",)
 _GENERATORS = ("diffusers randn_tensor, one generator a sample",)
 _EAGER, _COMPILED = ("eager PyTorch",), ("torch.compile of it",)
+_REFERENCE = ("reference",)
+_LAST = (("channels_last", True),)
 
 FIGURES = (
     Figure("normal, 2^22, exact", "normal", 1024, (4096,), _RANDN, 4),
@@ -67,4 +69,11 @@ FIGURES = (
         10,
         flags=(("many", True), ("statistics", True)),
     ),
+    Figure("upfirdn2d up 2, 4x64x64x64", "upfirdn2d", 4, (64, 64, 64), _REFERENCE, 8, 4),
+    Figure("upfirdn2d up 2, 4x64x64x64, forward + backward", "upfirdn2d", 4, (64, 64, 64), _REFERENCE, 8, 4, mode="fwdbwd"),
+    Figure("upfirdn2d up 2, 4x64x64x64, channels last", "upfirdn2d", 4, (64, 64, 64), _REFERENCE, 8, 4, flags=_LAST),
+    Figure("upfirdn2d up 2, 4x64x64x64", "upfirdn2d", 4, (64, 64, 64), ("depthwise conv_transpose2d",), 8, 4),
+    Figure("bias_act lrelu 4x64x64x64", "bias_act", 4, (64, 64, 64), _EAGER, 2.5),
+    Figure("bias_act lrelu 4x64x64x64, forward + backward", "bias_act", 4, (64, 64, 64), _EAGER, 2.5, mode="fwdbwd"),
+    Figure("bias_act lrelu 4x64x64x64", "bias_act", 4, (64, 64, 64), _COMPILED, 1.0),
 )

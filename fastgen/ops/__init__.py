@@ -3,6 +3,7 @@
 from fastgen.ops._dispatch import explain, info, use_backend, use_math
 from fastgen.ops._spec import OpSpec, all_specs, get_spec
 from fastgen.ops.affine_coupling import Coupled, affine_coupling
+from fastgen.ops.bias_act import bias_act
 from fastgen.ops.denoise import Denoised, denoise
 from fastgen.ops.diffuse import Diffused, diffuse
 from fastgen.ops.diffusion_loss import diffusion_loss
@@ -23,6 +24,7 @@ from fastgen.ops.trace_sqrt_product import (
     trace_sqrt_product_features,
 )
 from fastgen.ops.uniform import uniform
+from fastgen.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
     "CodeStatistics",
@@ -38,12 +40,15 @@ __all__ = [
     "Splined",
     "affine_coupling",
     "all_specs",
+    "bias_act",
     "covariance_factor",
     "denoise",
     "diffuse",
     "diffusion_loss",
+    "downsample2d",
     "dynamic_threshold",
     "explain",
+    "filter2d",
     "get_spec",
     "info",
     "lu_linear",
@@ -54,10 +59,13 @@ __all__ = [
     "polar",
     "reparameterize",
     "rq_spline",
+    "setup_filter",
     "sqrtm",
     "trace_sqrt_product",
     "trace_sqrt_product_features",
     "uniform",
+    "upfirdn2d",
+    "upsample2d",
     "use_backend",
     "use_math",
 ]

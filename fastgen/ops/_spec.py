@@ -33,6 +33,7 @@ class OpSpec:
         bytes_moved: ``(inputs, mode)`` -> bytes a perfect kernel reads and writes; mode "fwd" or "fwdbwd".
         dtypes: storage types of the fused backends.
         gradient_precision: precision class of the gradients.
+        double_backward: the gradients have gradients of their own, as penalties on gradients need.
         samplewise: row i of the outputs depends on row i of the inputs alone.
         needs_key: there is no default for ``key``: the op repeats noise that another has drawn.
         stops_gradient: something that depends on the inputs counts as a constant, which finite differences cannot know.
@@ -54,6 +55,7 @@ class OpSpec:
     backends: tuple[str, ...] = ("triton", "cpp")
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     gradient_precision: str = "elementwise"
+    double_backward: bool = False
     samplewise: bool = True
     needs_key: bool = False
     stops_gradient: bool = False
