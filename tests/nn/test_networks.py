@@ -148,30 +148,43 @@ def test_checkpointing_keeps_fewer_activations(kind):
 
 
 @every
-def test_compiles_whole(kind):
+def test_compiles_without_graph_breaks(kind):
+    torch._dynamo.reset()
+    net = build(kind, **FULL)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    x, t, named = inputs(kind, labels=True, context=True)
+    torch.testing.assert_close(compiled(x, t, **named), net(x, t, **named), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled(x, t[:1]), net(x, t[:1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_checkpointing_compiles_without_graph_breaks(kind):
+    torch._dynamo.reset()
+    net = build(kind, checkpointing=True)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    x, t, _ = inputs(kind)
+    gradients = []
+    for f in (net, compiled):
+        own = x.clone().requires_grad_()
+        f(own, t).square().sum().backward()
+        gradients.append(own.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["unet", "dit", "mlp"])
+def test_inductor_gives_the_same_gradients(kind):
     torch._dynamo.reset()
     net = build(kind, num_classes=3)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     x, t, named = inputs(kind, labels=True)
     results = []
-    for f in (net, compiled):
+    for f in (net, torch.compile(net, fullgraph=True)):
         own = x.clone().requires_grad_()
         y = f(own, t, **named)
         y.square().sum().backward()
         results.append((y.detach(), own.grad))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-@images
-def test_checkpointing_compiles_whole(kind):
-    torch._dynamo.reset()
-    net = build(kind, checkpointing=True)
-    x, t, _ = inputs(kind)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, t), net(x, t), rtol=1e-4, atol=1e-5)
-    compiled(x, t).sum().backward()
-    assert net.conv_in.weight.grad.any() if isinstance(net, UNet) else net.embed.weight.grad.any()
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @every
