@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastgen.cli import main
+from fastgen.interop import diffusers as interop
 from fastgen.interop.diffusers.parity import layer_differences, load_pair, timings
 from tests.interop.test_diffusers_weights import autoencoder, unet
 
@@ -30,10 +31,53 @@ def test_report(make, tmp_path, capsys):
     assert re.search(r"^fastgen, optimised, float32\s+\d", out, re.MULTILINE)
 
 
-def test_pipeline_folder(tmp_path, capsys):
-    diffusers.DDPMPipeline(unet=unet(), scheduler=diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+SCHEDULERS = {
+    "DDPMScheduler": {},
+    "DDIMScheduler": {"clip_sample": False},
+    "EulerAncestralDiscreteScheduler": {},
+    "DPMSolverMultistepScheduler": {},
+}
+
+
+def pipeline(path, name="DDPMScheduler"):
+    scheduler = getattr(diffusers, name)(**SCHEDULERS[name])
+    diffusers.DDPMPipeline(unet=unet(), scheduler=scheduler).save_pretrained(path)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_pipeline_folder(name, tmp_path, capsys, monkeypatch):
+    """The comparison itself: diffusers' own scheduler is on both sides, the networks are not."""
+    pipeline(tmp_path, name)
+    monkeypatch.setattr(interop, name, getattr(diffusers, name), raising=False)
+    assert main(["parity", "diffusers", str(tmp_path), *SHORT[:-1], "0", "--steps", "3"]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^step \d from t = ", out, re.MULTILINE)) == 3
+    assert "equal to 0.0001" in out
+    assert "optimised" not in out
+
+
+def test_another_trajectory_is_found(tmp_path, capsys, monkeypatch):
+    pipeline(tmp_path)
+
+    class Other(diffusers.DDPMScheduler):
+        def __init__(self, **config):
+            super().__init__(beta_end=0.03)
+
+        @classmethod
+        def from_config(cls, config):
+            return cls()
+
+    monkeypatch.setattr(interop, "DDPMScheduler", Other, raising=False)
+    assert main(["parity", "diffusers", str(tmp_path), *SHORT[:-1], "0", "--steps", "3"]) == 1
+    assert "NOT equal to 0.0001" in capsys.readouterr().out
+
+
+def test_scheduler_without_a_counterpart_is_named(tmp_path, capsys):
+    pipeline(tmp_path)
+    config = tmp_path / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("DDPMScheduler", "RePaintScheduler"))
     assert main(["parity", "diffusers", str(tmp_path), *SHORT[:-1], "0"]) == 0
-    assert "optimised" not in capsys.readouterr().out
+    assert "RePaintScheduler has no counterpart" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ def test_conditioning_adds_time_and_label():
     alone.time = told.time
     time, labels = torch.tensor([2.0, 7.0]), torch.tensor([1, 3])
     torch.testing.assert_close(told(time, labels), alone(time) + told.label.table.weight[labels])
-    assert told(time[:1]).shape == (1, 4)
+    assert told(time[:1]).shape == told(time[:1].expand(5)).shape == (1, 4)
+    assert told(time[:1].expand(2), labels).shape == (2, 4)
     with pytest.raises(ValueError, match="num_classes"):
         alone(time, labels)
 

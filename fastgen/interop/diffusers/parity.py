@@ -1,12 +1,16 @@
-"""Proof that a network of diffusers and ours with its weights are the same function: layer by layer, on the same input.
+"""Proof that a network of diffusers and ours with its weights are the same function, layer by layer, and that a scheduler and
+ours take it along the same trajectory, step by step.
 
 Hooks record what every residual block, attention, resampling layer and outer convolution gives, in both networks in one call
-each; layers meet by name, as their weights do.
+each; layers meet by name, as their weights do. Trajectories start from the same noise and draw from generators of one seed.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +31,17 @@ from fastgen.nn.resnet import Downsample, ResBlock, Upsample
 from fastgen.nn.time import TwoLayers
 from fastgen.nn.unet import UNet
 
-__all__ = ["Difference", "Pair", "Timing", "layer_differences", "load_pair", "timings"]
+__all__ = [
+    "Difference",
+    "Pair",
+    "Timing",
+    "Trajectories",
+    "layer_differences",
+    "load_pair",
+    "load_schedulers",
+    "step_differences",
+    "timings",
+]
 
 _LAYERS = (ResBlock, ImageAttention, Downsample, Upsample, TwoLayers)
 
@@ -56,10 +70,20 @@ class Timing(NamedTuple):
     """Euclidean, of the result, against theirs."""
 
 
+class Trajectories(NamedTuple):
+    """Two samplers side by side."""
+
+    differences: list[Difference]
+    """Of the start and of the state after every step."""
+    seconds_theirs: float
+    seconds: float
+    """Of one run each, networks included."""
+
+
 class Pair(NamedTuple):
     """A network of diffusers and ours with its weights, and a call of each on the same random input."""
 
-    theirs: nn.Module
+    theirs: Any
     ours: UNet | AutoencoderKL
     call_theirs: Callable[[], Tensor]
     call: Callable[[nn.Module], Tensor]
@@ -108,7 +132,7 @@ def load_pair(path: str | Path, *, batch_size: int = 8, size: int | None = None,
     return Pair(theirs, ours, lambda: theirs(x, t, labels).sample, lambda net: net(x, t, labels=labels))
 
 
-def _labels(config: Mapping[str, Any], n: int, ours: UNet, generator: torch.Generator) -> Tensor | None:
+def _labels(config: Mapping[str, Any], n: int, ours: Any, generator: torch.Generator) -> Tensor | None:
     if config["class_embed_type"] == "identity":
         return torch.randn(n, ours.conditioning.outputs, generator=generator)
     if config["class_embed_type"] == "timestep":
@@ -155,6 +179,63 @@ def layer_differences(pair: Pair) -> list[Difference]:
         own = pair.call(pair.ours)
     rows = [difference(name, value, got[pair_name(name, pair.ours)]) for name, value in expected.items()]
     return [*rows, difference("output", result, own)]
+
+
+def load_schedulers(path: str | Path) -> tuple[Any, Any] | str:
+    """The scheduler of a pipeline's folder, in diffusers and here; where there is none, or none here, a line that says so."""
+    file = Path(path) / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return f"no sampler was compared: {file.parent} holds no scheduler"
+    diffusers = _extras.require("diffusers", package="diffusers", extra="bench", purpose="parity with diffusers")
+    config = json.loads(file.read_text())
+    name = config["_class_name"]
+    ours = getattr(importlib.import_module("fastgen.interop.diffusers"), name, None)
+    if ours is None:
+        return f"no sampler was compared: {name} has no counterpart here"
+    return getattr(diffusers, name).from_config(config), ours.from_config(config)
+
+
+def trajectory(scheduler: Any, network: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, seed: int) -> list[Tensor]:
+    """The states of a scheduler's loop, with diffusers' verbs: the first is ``x`` in its scale, then one for each step."""
+    generator = torch.Generator().manual_seed(seed)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    named = {"generator": generator} if takes_generator else {}
+    scheduler.set_timesteps(steps)
+    states = [x * scheduler.init_noise_sigma]
+    for t in scheduler.timesteps:
+        out = network(scheduler.scale_model_input(states[-1], t), t)
+        states.append(scheduler.step(out, t, states[-1], **named).prev_sample)
+    return states
+
+
+@torch.no_grad()
+def step_differences(
+    pair: Pair, theirs: Any, ours: Any, *, steps: int = 10, batch_size: int = 2, size: int | None = None, seed: int = 0
+) -> Trajectories:
+    """The difference of the states after every step, each side with its own network and its own scheduler.
+
+    Args:
+        pair: a U-Net of diffusers and ours.
+        theirs, ours: schedulers with diffusers' verbs.
+        steps: of both.
+        batch_size, size, seed: of the noise that both start from.
+    """
+    side = size or pair.theirs.config.sample_size or 32
+    height, width = (side, side) if isinstance(side, int) else side
+    channels = pair.theirs.config.in_channels
+    x = torch.randn(batch_size, channels, height, width, generator=torch.Generator().manual_seed(seed))
+    labels = _labels(pair.theirs.config, batch_size, pair.ours, torch.Generator().manual_seed(seed))
+    start = time.perf_counter()
+    expected = trajectory(theirs, lambda x, t: pair.theirs(x, t, labels).sample, x, steps, seed)
+    middle = time.perf_counter()
+    got = trajectory(ours, lambda x, t: pair.ours(x, t.reshape(1), labels=labels), x, steps, seed)
+    end = time.perf_counter()
+    times = [float(t) for t in theirs.timesteps]
+    if [float(t) for t in ours.timesteps] != times:
+        raise ValueError(f"the schedulers disagree on the times: {times} there, {[float(t) for t in ours.timesteps]} here")
+    names = ["start", *(f"step {i} from t = {t:g}" for i, t in enumerate(times))]
+    differences = [difference(name, a, b) for name, a, b in zip(names, expected, got, strict=True)]
+    return Trajectories(differences, middle - start, end - middle)
 
 
 def pair_name(theirs: str, ours: nn.Module) -> str:
