@@ -82,7 +82,7 @@ def coefficients_kernel(
     p_moments, p_stats, p_weight, p_bias, p_scale, p_shift, p_coefficients, samples, channels, pixels, groups, part, parts, eps,
     HAS_MOMENTS: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of one group, made of moments or read, and the coefficients of its channels: [3, N, C] center, slope, level."""
+    """Statistics of one group, made of moments or read, and its channels' center, slope and level: [3, N, C]."""
     i_sample, i_group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     per = channels // groups
     i_own = tl.arange(0, PER)
@@ -190,7 +190,7 @@ def pulls_kernel(
     p_sums, p_stats, p_weight, p_bias, p_scale, p_totals, p_pulls, p_grad_scale, p_grad_shift,
     samples, channels, pixels, groups, parts, PER: tl.constexpr,
 ):  # fmt: skip
-    """One group: what dx takes off (pull, push) [N, groups, 2], dscale, dshift, and the sums for dbias and dweight [2, N, C]."""
+    """One group: pull and push of dx [N, groups, 2], dscale, dshift, and what dbias and dweight sum [2, N, C]."""
     i_sample, i_group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     per = channels // groups
     i_own = tl.arange(0, PER)
@@ -337,7 +337,6 @@ def static_cases():
         data, size = f"*{short}", 4 if dtype == "float32" else 2
         for last in (False, True):
             CHANNELS, PIXELS = _tile(channels, pixels, last)
-            part, _ = _parts(pixels, PIXELS)
             what = f"{dtype} {channels}x{pixels}{' channels last' if last else ''}"
             tile = {"LAST": last, "CHANNELS": CHANNELS, "PIXELS": PIXELS}
             extents = {"channels": "i32", "pixels": "i32"}

@@ -144,6 +144,7 @@ constexpr int64_t SHARE = 4;
 
 template <class T>
 INLINE Moments moments_of(const T* x, int64_t count) {
+  if (!count) return {};
   vf some{};
   int64_t used = 0;
   for (; used * SHARE + LANES <= count; used += LANES) some = some + load_float(x + used * SHARE);

@@ -3,7 +3,7 @@
     xhat = (x - mean) / sqrt(variance + eps)   over the channels of a group and all pixels of a sample
     z = (xhat * weight + bias) * (1 + scale) + shift,    y = z * sigmoid(z)
 
-with ``weight`` and ``bias`` per channel and ``scale`` and ``shift`` per sample and channel; each of the four may be missing, and
+with ``weight`` and ``bias`` per channel and ``scale`` and ``shift`` per sample and channel; each of the four may be missing.
 ``activation=None`` gives y = z. Gradients flow to ``x``, ``weight``, ``bias``, ``scale`` and ``shift``: with
 dz = dy * sigmoid(z) * (1 + z * sigmoid(-z)) and dxhat = dz * weight * (1 + scale)
 
@@ -11,9 +11,9 @@ dz = dy * sigmoid(z) * (1 + z * sigmoid(-z)) and dxhat = dz * weight * (1 + scal
     dshift = sum(dz),    dscale = sum(dz * (xhat * weight + bias))                  over the pixels
     dbias = sum(dz * (1 + scale)),    dweight = sum(dz * (1 + scale) * xhat)        over samples and pixels
 
-Statistics are of differences from a value near the mean, which is kept to twice the precision of float32, so that inputs far from
-zero lose nothing. Any finite x is fine up to differences of about 1e19, whose squares overflow float32. Where a sample holds a
-NaN, that sample's outputs are NaN and no other's.
+Statistics are of differences from a value near the mean, which is kept to twice the precision of float32, so that inputs far
+from zero lose nothing. Any finite x is fine up to differences of about 1e18, whose squares overflow float32. Where a sample
+holds a NaN, that sample's outputs are NaN and no other's.
 
 Source: Wu and He (2018), "Group normalization", equations 1 to 7; scale and shift as in Dhariwal and Nichol (2021), "Diffusion
 models beat GANs on image synthesis", section 3.1; Elfwing, Uchibe and Doya (2018), "Sigmoid-weighted linear units", for SiLU.
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fastgen.ops import _checks, _dispatch, _native
+from fastgen.ops import _dispatch, _native
 from fastgen.ops._spec import OpSpec
 
 __all__ = ["group_norm_silu", "group_norm_silu_reference"]
@@ -61,7 +61,7 @@ def _pair(
             continue
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {getattr(value, 'dtype', type(value).__name__)}")
-        if value.shape != shape and value.shape != (1, *shape[1:]) or value.device != x.device:
+        if (value.shape != shape and value.shape != (1, *shape[1:])) or value.device != x.device:
             raise ValueError(f"{name} must have shape {list(shape)} on {x.device}, got {list(value.shape)} on {value.device}")
     known = [v.dtype for v in (first, second) if v is not None]
     if not known or x.dtype not in _native.DTYPES:
@@ -251,7 +251,7 @@ def group_norm_silu(
     activation: str | None = "silu",
     backend: str | None = None,
 ) -> Tensor:
-    """Group normalisation, scale and shift per channel and per sample, SiLU: silu((xhat * weight + bias) * (1 + scale) + shift).
+    """Group normalisation with scale and shift, then SiLU: silu((xhat * weight + bias) * (1 + scale) + shift).
 
     Args:
         x: [N, C, ...], floating point, with any number of dimensions after the channels. float64 is served by the reference.
