@@ -7,6 +7,7 @@ from fastgen.ops.denoise import Denoised, denoise
 from fastgen.ops.diffuse import Diffused, diffuse
 from fastgen.ops.diffusion_loss import diffusion_loss
 from fastgen.ops.dynamic_threshold import dynamic_threshold
+from fastgen.ops.group_norm_silu import group_norm_silu
 from fastgen.ops.lu_linear import lu_linear
 from fastgen.ops.moments import Moments, merge_moments, moments
 from fastgen.ops.normal import normal
@@ -42,6 +43,7 @@ __all__ = [
     "dynamic_threshold",
     "explain",
     "get_spec",
+    "group_norm_silu",
     "info",
     "lu_linear",
     "merge_moments",
