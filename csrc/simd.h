@@ -217,7 +217,7 @@ INLINE vf larger(vf a, vf b) {  // b where either is NaN
 
 INLINE vf reciprocal(vf a) {  // of normal numbers: 1 / a to 1 ulp, without the divider where that is slow
 #if defined(__AVX512F__)
-  const vf guess = (vf)_mm512_rcp14_ps((__m512)a);
+  const vf guess = (vf)_mm512_maskz_rcp14_ps((__mmask16)-1, (__m512)a);
   return fma(fma(-a, guess, splat(1.0f)), guess, guess);
 #else
   return 1.0f / a;

@@ -8,6 +8,7 @@ from fastgen.ops.denoise import Denoised, denoise
 from fastgen.ops.diffuse import Diffused, diffuse
 from fastgen.ops.diffusion_loss import diffusion_loss
 from fastgen.ops.dynamic_threshold import dynamic_threshold
+from fastgen.ops.group_norm_silu import group_norm_silu
 from fastgen.ops.lu_linear import lu_linear
 from fastgen.ops.moments import Moments, merge_moments, moments
 from fastgen.ops.nearest_code import CodeStatistics, NearestCode, nearest_code
@@ -50,6 +51,7 @@ __all__ = [
     "explain",
     "filter2d",
     "get_spec",
+    "group_norm_silu",
     "info",
     "lu_linear",
     "merge_moments",
