@@ -200,10 +200,43 @@ def _lu_linear(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
     return bind(_eager_lu_linear, inputs, mode, ("x", "lower", "upper", "log_diagonal"))
 
 
+def _eager_group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = "silu",
+) -> Tensor:
+    """As U-Nets have it."""
+    z = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
+    ones = (1,) * (x.dim() - 2)
+    if scale is not None:
+        z = z * (1 + scale.reshape(*scale.shape, *ones))
+    if shift is not None:
+        z = z + shift.reshape(*shift.shape, *ones)
+    return torch.nn.functional.silu(z) if activation else z
+
+
+@functools.cache
+def _compiled_group_norm() -> Callable[..., Any]:
+    return torch.compile(_eager_group_norm, dynamic=False)
+
+
+def _group_norm(function: Callable[[], Callable[..., Any]]) -> Callable[[dict[str, Any], str], Callable[[], Any]]:
+    return lambda inputs, mode: bind(function(), inputs, mode, ("x", "weight", "bias", "scale", "shift"))
+
+
 PEERS: dict[str, list[Peer]] = {
     "affine_coupling": [
         Peer("eager PyTorch", _coupling(lambda: _eager_coupling)),
         Peer("torch.compile of it", _coupling(_compiled_coupling)),
+    ],
+    "group_norm_silu": [
+        Peer("eager PyTorch", _group_norm(lambda: _eager_group_norm)),
+        Peer("torch.compile of it", _group_norm(_compiled_group_norm)),
     ],
     "lu_linear": [Peer("eager PyTorch", _lu_linear)],
     "moments": [
