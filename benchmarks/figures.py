@@ -41,6 +41,8 @@ class Figure:
 _RANDN = ("torch.randn",)
 _GENERATORS = ("diffusers randn_tensor, one generator a sample",)
 _EAGER, _COMPILED = ("eager PyTorch",), ("torch.compile of it",)
+_GROUP_NORM = ("group_norm_silu", 8, (256, 32, 32), _EAGER + _COMPILED)
+_LAST = (("channels_last", True),)
 
 FIGURES = (
     Figure("normal, 2^22, exact", "normal", 1024, (4096,), _RANDN, 4),
@@ -56,4 +58,19 @@ FIGURES = (
     Figure("affine_coupling 4096x512, forward + backward", "affine_coupling", 4096, (512,), _COMPILED, 1.3, 1.0, mode="fwdbwd"),
     Figure("lu_linear 16x48x16x16", "lu_linear", 16, (48, 16, 16), _EAGER, 1.5, 1.0),
     Figure("lu_linear 16x48x16x16, forward + backward", "lu_linear", 16, (48, 16, 16), _EAGER, 1.5, 1.0, mode="fwdbwd"),
+    Figure(
+        "group_norm_silu 8x256x16x16, bfloat16, channels last",
+        "group_norm_silu",
+        8,
+        (256, 16, 16),
+        _EAGER,
+        10,
+        6,
+        flags=_LAST,
+        dtype="bfloat16",
+    ),
+    Figure("group_norm_silu 8x256x32x32", *_GROUP_NORM, 3, 1.8),
+    Figure("group_norm_silu 8x256x32x32, channels last", *_GROUP_NORM, 3, 1.8, flags=_LAST),
+    Figure("group_norm_silu 8x256x32x32, forward + backward", *_GROUP_NORM, 3, 1.8, mode="fwdbwd"),
+    Figure("group_norm_silu 8x256x32x32, channels last, forward + backward", *_GROUP_NORM, 3, 1.8, mode="fwdbwd", flags=_LAST),
 )
