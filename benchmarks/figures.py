@@ -42,6 +42,7 @@ _RANDN = ("torch.randn",)
 _GENERATORS = ("diffusers randn_tensor, one generator a sample",)
 _EAGER, _COMPILED = ("eager PyTorch",), ("torch.compile of it",)
 _REFERENCE = ("reference",)
+_GROUP_NORM = ("group_norm_silu", 8, (256, 32, 32), _EAGER + _COMPILED)
 _LAST = (("channels_last", True),)
 
 FIGURES = (
@@ -76,4 +77,19 @@ FIGURES = (
     Figure("bias_act lrelu 4x64x64x64", "bias_act", 4, (64, 64, 64), _EAGER, 2.5),
     Figure("bias_act lrelu 4x64x64x64, forward + backward", "bias_act", 4, (64, 64, 64), _EAGER, 2.5, mode="fwdbwd"),
     Figure("bias_act lrelu 4x64x64x64", "bias_act", 4, (64, 64, 64), _COMPILED, 1.0),
+    Figure(
+        "group_norm_silu 8x256x16x16, bfloat16, channels last",
+        "group_norm_silu",
+        8,
+        (256, 16, 16),
+        _EAGER,
+        10,
+        6,
+        flags=_LAST,
+        dtype="bfloat16",
+    ),
+    Figure("group_norm_silu 8x256x32x32", *_GROUP_NORM, 3, 1.8),
+    Figure("group_norm_silu 8x256x32x32, channels last", *_GROUP_NORM, 3, 1.8, flags=_LAST),
+    Figure("group_norm_silu 8x256x32x32, forward + backward", *_GROUP_NORM, 3, 1.8, mode="fwdbwd"),
+    Figure("group_norm_silu 8x256x32x32, channels last, forward + backward", *_GROUP_NORM, 3, 1.8, mode="fwdbwd", flags=_LAST),
 )

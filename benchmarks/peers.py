@@ -273,6 +273,33 @@ def _transposed_convolution(
     y = torch.nn.functional.conv_transpose2d(x, weight.expand(x.shape[1], 1, -1, -1), stride=up, groups=x.shape[1])
     sides = [x0 - width + 1, x1 - width + up, y0 - height + 1, y1 - height + up]
     return torch.nn.functional.pad(y, sides)
+def _eager_group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = "silu",
+) -> Tensor:
+    """As U-Nets have it."""
+    z = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
+    ones = (1,) * (x.dim() - 2)
+    if scale is not None:
+        z = z * (1 + scale.reshape(*scale.shape, *ones))
+    if shift is not None:
+        z = z + shift.reshape(*shift.shape, *ones)
+    return torch.nn.functional.silu(z) if activation else z
+
+
+@functools.cache
+def _compiled_group_norm() -> Callable[..., Any]:
+    return torch.compile(_eager_group_norm, dynamic=False)
+
+
+def _group_norm(function: Callable[[], Callable[..., Any]]) -> Callable[[dict[str, Any], str], Callable[[], Any]]:
+    return lambda inputs, mode: bind(function(), inputs, mode, ("x", "weight", "bias", "scale", "shift"))
 
 
 PEERS: dict[str, list[Peer]] = {
@@ -283,6 +310,9 @@ PEERS: dict[str, list[Peer]] = {
     "bias_act": [
         Peer("eager PyTorch", _bias_act(lambda: _eager_bias_act)),
         Peer("torch.compile of it", _bias_act(_compiled_bias_act)),
+    "group_norm_silu": [
+        Peer("eager PyTorch", _group_norm(lambda: _eager_group_norm)),
+        Peer("torch.compile of it", _group_norm(_compiled_group_norm)),
     ],
     "lu_linear": [Peer("eager PyTorch", _lu_linear)],
     "moments": [

@@ -450,7 +450,15 @@ INLINE void store_float(bf16* p, vf x) { narrow(x, *p); }
 INLINE void store_float(f16* p, vf x) { narrow(x, *p); }
 #else
 using vh = uint16_t __attribute__((vector_size(2 * LANES)));
-INLINE vf load_float(const bf16* p) { return bits<vf>(__builtin_convertvector(load<vh>(p), vu) << 16); }
+INLINE vf load_float(const bf16* p) {  // GCC 12 widens in halves
+#if defined(__AVX512F__)
+  return bits<vf>((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+  return bits<vf>((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
+  return bits<vf>(__builtin_convertvector(load<vh>(p), vu) << 16);
+#endif
+}
 INLINE void store_float(bf16* p, vf x) {
   const vu u = bits<vu>(x);
   const vu rounded = (u + 0x7FFFu + (u >> 16 & 1u)) >> 16, nan = u >> 16 | 0x40u;

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fastgen.ops import _dispatch, _native
@@ -228,7 +227,7 @@ class _GroupNormSilu(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, scale, shift, stats = ctx.saved_tensors
         if grad_y.stride() != x.stride():
