@@ -182,6 +182,8 @@ class Compose(Bijection):
         super().__init__()
         for i, transform in enumerate(transforms):
             self.add_module(str(i), transform)
+        if len(self):
+            self.event_dims = (self[0].event_dims[0], self[-1].event_dims[1])
 
     def __iter__(self) -> Iterator[Bijection]:
         return iter(cast(Iterable[Bijection], self.children()))

@@ -54,7 +54,7 @@ def _mean(name: str, values: list[Tensor]) -> dict[str, float]:
 
 def _levels(model: Model) -> int:
     """Grey levels that a density on [0, 1] has to be scaled by; 1 where the decoder gives a probability mass."""
-    return 1 if getattr(model.config, "likelihood", None) == "bernoulli" else getattr(model.config, "levels", 0) or 256
+    return 1 if getattr(model.config, "likelihood", None) == "bernoulli" else getattr(model.config, "grey_levels", 0) or 256
 
 
 @torch.no_grad()
