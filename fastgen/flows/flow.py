@@ -23,6 +23,7 @@ from torch.nn.functional import one_hot
 
 from fastgen.flows import images
 from fastgen.flows.base import BASES
+from fastgen.flows.diagnose import Report, diagnose
 from fastgen.flows.transform import Bijection, Compose, GivenContext
 from fastgen.nn.model import Batch, Config, Model, split_batch
 
@@ -188,6 +189,23 @@ class Flow(Model):
             return self.transform.inv_and_ladj(z, context)[0]
         contexts = itertools.repeat(None) if context is None else context.split(_ROWS)
         return torch.cat([self.transform.inv_and_ladj(*part)[0] for part in zip(z.split(_ROWS), contexts, strict=False)])
+
+    def diagnose(
+        self, x: Tensor, context: Context | None = None, *, inverse: bool = False, key: Tensor | None = None
+    ) -> Report:
+        """What every layer does to a batch, and the first one that gives something not finite.
+
+        Args:
+            x: data [N, *event_shape]; noise [N, D] with ``inverse``.
+            inverse: look at sampling instead of at the density.
+            key: of the noise that dequantises images.
+
+        >>> print(flow.diagnose(x))  # doctest: +SKIP
+        """
+        if not inverse:
+            self._check(x)
+            x = self._dequantized(x, key)
+        return diagnose(self.transform, x, self._context(context, len(x)), inverse=inverse)
 
     @torch.no_grad()
     def sample(self, n: int, *, key: Tensor | None = None, context: Context | None = None, temperature: float = 1.0) -> Tensor:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable
-from typing import cast
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from fastgen.flows.transform import Bijection, Compose, Step
+from fastgen.flows.transform import Bijection, Compose
 
 __all__ = ["MultiScale", "halvings"]
 
@@ -64,17 +63,10 @@ class MultiScale(Compose):
         for i, level in enumerate(self):
             x, ladj = level.call_and_ladj(x, context)
             total = total + ladj
-            x = self._leave(x, i, parts)
-        return torch.cat(parts, 1), total
-
-    def _leave(self, x: Tensor, level: int, parts: list[Tensor]) -> Tensor:
-        """Put what becomes noise at ``level`` into ``parts``; the rest goes on."""
-        if level + 1 < len(self):
-            x, noise = x.chunk(2, 1)
-            parts.append(noise.flatten(1))
-        else:
-            parts.append(x.flatten(1))
-        return x
+            if i + 1 < len(self):
+                x, noise = x.chunk(2, 1)
+                parts.append(noise.flatten(1))
+        return torch.cat([*parts, x.flatten(1)], 1), total
 
     def inv_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         last = len(self) - 1
@@ -95,10 +87,3 @@ class MultiScale(Compose):
     def codomain(self) -> Constraint:
         """Vectors."""
         return constraints.real_vector
-
-    def steps(self, x: Tensor, context: Tensor | None = None, name: str = "") -> Generator[Step, None, Tensor]:
-        parts: list[Tensor] = []
-        for i, (part, level) in enumerate(self.named_children()):
-            x = yield from cast(Bijection, level).steps(x, context, f"{name}.{part}" if name else part)
-            x = self._leave(x, i, parts)
-        return torch.cat(parts, 1)

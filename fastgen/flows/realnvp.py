@@ -58,13 +58,16 @@ class Regroup(Bijection):
 
     event_dims = (3, 3)
 
-    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _exchange(self, x: Tensor) -> tuple[Tensor, Tensor]:
         n, channels, height, width = x.shape
         quarters = x.reshape(n, 2, 2, channels // 4, height, width)
         return quarters.transpose(1, 2).reshape(x.shape), x.new_zeros(n)
 
+    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._exchange(x)
+
     def inv_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.call_and_ladj(y)
+        return self._exchange(y)
 
 
 def _coupling(config: RealNVPConfig, features: int, index: int) -> Bijection:
