@@ -273,6 +273,8 @@ def _transposed_convolution(
     y = torch.nn.functional.conv_transpose2d(x, weight.expand(x.shape[1], 1, -1, -1), stride=up, groups=x.shape[1])
     sides = [x0 - width + 1, x1 - width + up, y0 - height + 1, y1 - height + up]
     return torch.nn.functional.pad(y, sides)
+
+
 def _eager_group_norm(
     x: Tensor,
     groups: int,
@@ -310,6 +312,7 @@ PEERS: dict[str, list[Peer]] = {
     "bias_act": [
         Peer("eager PyTorch", _bias_act(lambda: _eager_bias_act)),
         Peer("torch.compile of it", _bias_act(_compiled_bias_act)),
+    ],
     "group_norm_silu": [
         Peer("eager PyTorch", _group_norm(lambda: _eager_group_norm)),
         Peer("torch.compile of it", _group_norm(_compiled_group_norm)),
