@@ -39,7 +39,7 @@ class Table(NamedTuple):
 class Step(NamedTuple):
     """Where the loop is, for callbacks. Tensors are the loop's own: clone what is to be kept."""
 
-    index: int
+    step: int
     """Of the evaluation, from 0."""
     total: int
     """How many evaluations there are."""
@@ -127,8 +127,9 @@ def run(
     """From the state at the table's first evaluation to its end.
 
     Args:
-        network: (x [N, ...], time [N]) -> prediction [N, ...], or [N, 2C, ...] with a learned variance behind it. With
-            ``guidance`` it is given [2N, ...] twice the same and returns the unconditional predictions first.
+        network: (x [N, ...], time [N]) -> prediction [N, ...], or [N, 2C, ...] with a learned variance behind it, which
+            samplers that have their own leave alone. With ``guidance`` it is given [2N, ...], twice the same, and returns the
+            unconditional predictions first.
         x: the state [N, ...]; left as it is.
         table: from :func:`tabulate`, on the device of ``x``.
         key: noise of sample i is drawn at index i of it, [4] or [N, 4].
@@ -169,9 +170,10 @@ def run(
     for i in range(evaluations):
         out = network(both, times[i])
         log_variance = None
-        if bounds is not None:
+        if out.shape[1] != x.shape[1]:
             out, spread = out.chunk(2, 1)
-            log_variance = spread[-samples:], bounds[i]
+            if bounds is not None:
+                log_variance = spread[-samples:], bounds[i]
         weight, limit = guidance, clamp
         if adjust is not None:
             assert spare is not None

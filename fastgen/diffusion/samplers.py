@@ -8,16 +8,16 @@ so a sampler is a function from the steps (a :class:`fastgen.diffusion.schedules
 evaluation of the network, in float64. :mod:`fastgen.diffusion.loop` runs them. Three remarks make everything fit:
 
 * **Euler is DDIM.** The line through (x, x0) is straight in every coordinate in which x / s moves by sigma / s, so one Euler
-  step of the probability flow from sigma to sigma' is sigma'/sigma x + (alpha' - alpha sigma'/sigma) x0, be it in diffusers' or in
-  k-diffusion's coordinates or along a flow-matching path; and ancestral Euler is DDIM with eta = 1.
-* **A corrector needs no old state.** After an Euler step of Heun's method the old slope is (x - x0_1) / sigma', since x lies on
-  that line; the correction is then w (x0_1 - x0) on top of x. UniPC's corrected state differs from its predicted one by a
+  step of the probability flow from sigma to sigma' is sigma'/sigma x + (alpha' - alpha sigma'/sigma) x0, be it in the
+  coordinates of diffusers, of k-diffusion or of a flow-matching path; and ancestral Euler is DDIM with eta = 1.
+* **A corrector needs no old state.** After an Euler step of Heun's method the old slope is (x - x0_1) / sigma', since x lies
+  on that line; the correction is then w (x0_1 - x0) on top of x. UniPC's corrected state differs from its predicted one by a
   combination of estimates alone.
 * **Churn belongs to the step before.** Noise that is added ahead of an evaluation is added at the end of the last row.
 
 Sources: Ho et al. (2020), algorithm 2; Nichol and Dhariwal (2021), eq. 15; Song et al. (2021), "Denoising diffusion implicit
-models", eq. 12 and 16; Karras et al. (2022), algorithms 1 and 2; Lu et al. (2022), "DPM-Solver++", algorithm 2 and its SDE form;
-Zhao et al. (2023), "UniPC", algorithms 5 to 8; Crowson (2022), k-diffusion (ancestral Euler, linear multistep).
+models", eq. 12 and 16; Karras et al. (2022), algorithms 1 and 2; Lu et al. (2022), "DPM-Solver++", algorithm 2 and its SDE
+form; Zhao et al. (2023), "UniPC", algorithms 5 to 8; Crowson (2022), k-diffusion (ancestral Euler, linear multistep).
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ import torch
 from torch import Tensor
 
 from fastgen.diffusion.schedules import Grid
+
+Layout = Literal["index", "stride", "sigma", "solver"]
 
 __all__ = [
     "DDIM",
@@ -96,7 +98,7 @@ class Sampler(abc.ABC):
     """
 
     clamps: ClassVar[bool] = True
-    layout: ClassVar[Literal["index", "stride", "sigma", "solver"]] = "sigma"
+    layout: ClassVar[Layout] = "sigma"
 
     @abc.abstractmethod
     def plan(self, grid: Grid) -> Plan:
@@ -112,7 +114,7 @@ class DDPM(Sampler):
     """
 
     variance: Literal["small", "large", "learned"] = "small"
-    layout = "index"
+    layout: ClassVar[Layout] = "index"
 
     def __post_init__(self) -> None:
         if self.variance not in ("small", "large", "learned"):
@@ -138,7 +140,7 @@ class DDIM(Sampler):
     """Implicit sampling: deterministic at ``eta`` 0, ancestral (DDPM with its small variance) at 1."""
 
     eta: float = 0.0
-    layout = "stride"
+    layout: ClassVar[Layout] = "stride"
 
     def __post_init__(self) -> None:
         if not self.eta >= 0:
@@ -158,7 +160,7 @@ class EulerAncestral(DDIM):
     """Ancestral Euler of k-diffusion: an Euler step down to less noise than wanted, and noise up again; DDIM with eta 1."""
 
     eta: float = 1.0
-    layout = "sigma"
+    layout: ClassVar[Layout] = "sigma"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +235,7 @@ class LMS(Sampler):
     """Linear multistep (Adams-Bashforth on uneven steps): the polynomial through the last ``order`` slopes, integrated."""
 
     order: int = 4
-    clamps = False
+    clamps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.order <= 8:
@@ -279,7 +281,7 @@ class DPMSolver(Sampler):
     order: int = 2
     stochastic: bool = False
     solver: Literal["midpoint", "heun"] = "midpoint"
-    layout = "solver"
+    layout: ClassVar[Layout] = "solver"
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2):
@@ -313,7 +315,7 @@ class UniPC(Sampler):
 
     order: int = 2
     solver: Literal["bh2", "bh1"] = "bh2"
-    layout = "solver"
+    layout: ClassVar[Layout] = "solver"
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):

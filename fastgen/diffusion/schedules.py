@@ -4,8 +4,9 @@
 
 Time runs from the data to the noise. A :class:`Schedule` gives alpha and sigma in float64; everything else follows from them:
 
-* a **target** is what the network is trained to predict, linear in x0 and eps: a row (a, b, c, d) of :func:`fastgen.ops.diffuse`,
-  x_t = a x0 + b eps and target = c x0 + d eps. Its inverse is a row (p, q) of :func:`fastgen.ops.denoise`, x0 = p x + q m;
+* a **target** is what the network is trained to predict, linear in x0 and eps: a row (a, b, c, d) of
+  :func:`fastgen.ops.diffuse`, x_t = a x0 + b eps and target = c x0 + d eps. Its inverse is a row (p, q) of
+  :func:`fastgen.ops.denoise`, x0 = p x + q m;
 * a **weight** multiplies the squared error of a prediction.
 
 Sources: Ho et al. (2020), "Denoising diffusion probabilistic models" (linear); Nichol and Dhariwal (2021), "Improved denoising
@@ -162,9 +163,7 @@ class Schedule(abc.ABC):
         return Grid.through(self, *(torch.cat(pair) for pair in zip((time, alpha, sigma), end, strict=True)))
 
 
-def betas(
-    kind: Betas, steps: int = 1000, *, start: float = 1e-4, end: float = 0.02, zero_snr: bool = False
-) -> Tensor:
+def betas(kind: Betas, steps: int = 1000, *, start: float = 1e-4, end: float = 0.02, zero_snr: bool = False) -> Tensor:
     """Variances beta_t of the forward chain x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps: [steps] float64.
 
     Args:
