@@ -22,17 +22,18 @@ def heads_of(channels: int, head_channels: int | None) -> int:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of tokens to themselves, or to the tokens of a context; the last layer is zero at first.
+    """Multi-head attention of tokens to themselves, or to the tokens of a context.
 
     Args:
         channels: of the tokens.
         heads: divides ``channels``.
         context: channels of the context's tokens; None: self-attention.
+        zero_out: the last layer is zero at first.
 
     Shape: x [N, T, channels], context [N or 1, S, context] -> [N, T, channels].
     """
 
-    def __init__(self, channels: int, heads: int = 1, context: int | None = None) -> None:
+    def __init__(self, channels: int, heads: int = 1, context: int | None = None, *, zero_out: bool = True) -> None:
         super().__init__()
         if channels % heads:
             raise ValueError(f"heads must divide channels: {channels} channels, {heads} heads")
@@ -41,7 +42,9 @@ class Attention(nn.Module):
         # one product makes query, key and value; a context has its own
         self.to_query = None if context is None else nn.Linear(channels, channels)
         self.to_rest = nn.Linear(channels, 3 * channels) if context is None else nn.Linear(context, 2 * channels)
-        self.out = zero(nn.Linear(channels, channels))
+        self.out = nn.Linear(channels, channels)
+        if zero_out:
+            zero(self.out)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         n, tokens, channels = x.shape

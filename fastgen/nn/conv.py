@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["Conv2d", "zero"]
 
 
-def zero(module: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+M = TypeVar("M", bound=nn.Module)
+
+
+def zero(module: M) -> M:
     """The module with all its parameters zero: a branch that starts as nothing."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)

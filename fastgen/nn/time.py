@@ -9,6 +9,7 @@ Vaswani et al. (2017), arXiv:1706.03762; Tancik et al. (2020), arXiv:2006.10739;
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -70,9 +71,16 @@ class Fourier(nn.Module):
         self.frequency: Tensor
         self.register_buffer("frequency", torch.randn(frequencies) * scale)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fourier:
+        # `.to(bfloat16)` may move the frequencies, not round them: they would be others
+        exact = self.frequency
+        super()._apply(fn, recurse)
+        self.frequency = exact.to(self.frequency.device)
+        return self
+
     def forward(self, time: Tensor) -> Tensor:
         time = time.float()
-        phase = (time.log() if self.log else time)[:, None] * self.frequency.float() * 2 * math.pi
+        phase = (time.log() if self.log else time)[:, None] * self.frequency * 2 * math.pi
         parts = [phase.cos(), phase.sin()] if self.flip_sin_to_cos else [phase.sin(), phase.cos()]
         return torch.cat(parts, 1)
 

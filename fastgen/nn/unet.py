@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.nn.attention import ImageAttention, heads_of
+from fastgen.nn.blocks import Block, Down
 from fastgen.nn.conv import Conv2d, zero
 from fastgen.nn.network import recompute
 from fastgen.nn.norm import GroupNormSiLU
@@ -25,43 +26,6 @@ from fastgen.nn.time import Conditioning, Fourier, Learned, Sinusoidal
 __all__ = ["UNet"]
 
 Resampling = Literal["conv", "residual"]
-
-
-class Block(nn.Module):
-    """A residual block, then self-attention, then cross-attention, where there are any."""
-
-    def __init__(
-        self, residual: ResBlock, attention: ImageAttention | None = None, cross: ImageAttention | None = None
-    ) -> None:
-        super().__init__()
-        self.residual, self.attention, self.cross = residual, attention, cross
-
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
-        x = self.residual(x, embedding)
-        if self.attention is not None:
-            x = self.attention(x)
-        return x if self.cross is None else self.cross(x, context)
-
-
-class Down(nn.Module):
-    """The blocks of one resolution on the way down, then the layer that halves it; None at the coarsest.
-
-    Gives what each of them made, in order.
-    """
-
-    def __init__(self, blocks: Sequence[Block], resample: Downsample | ResBlock | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.resample = resample
-
-    def forward(self, x: Tensor, told: Tensor, context: Tensor | None, checkpointing: bool) -> list[Tensor]:
-        made = []
-        for block in self.blocks:
-            x = recompute(block, x, told, context, enabled=checkpointing)
-            made.append(x)
-        if self.resample is not None:
-            made.append(recompute(self.resample, x, told, enabled=checkpointing))
-        return made
 
 
 class Up(nn.Module):
