@@ -18,6 +18,7 @@ from fastgen.diffusion.loop import Step, Table, run, tabulate
 from fastgen.diffusion.samplers import Plan, Sampler, make_sampler
 from fastgen.diffusion.schedules import Grid, Schedule, Spacing, Target, target_rows
 from fastgen.diffusion.upstream import upstream_grid, upstream_plan
+from fastgen.nn.dit import DiT
 from fastgen.nn.mlp import TimeMLP
 from fastgen.nn.model import Config, Model
 from fastgen.nn.unet import UNet
@@ -30,16 +31,18 @@ __all__ = ["DiffusionConfig", "DiffusionLoss", "DiffusionModel", "build_network"
 class DiffusionConfig(Config):
     """Options that the configs of all diffusion models have."""
 
-    network: Literal["auto", "mlp", "unet"] = "auto"
+    network: Literal["auto", "mlp", "unet", "dit"] = "auto"
     """"auto" is "unet" for images and "mlp" for anything else."""
     widths: tuple[int, ...] = (64, 128, 128)
     """U-Net: channels of each level, finest first; each level but the last halves the image."""
     attention_levels: tuple[int, ...] = (1,)
     """U-Net: levels with self-attention, 0 the finest."""
     width: int = 256
-    """MLP: of the hidden layers."""
+    """MLP and DiT: of the hidden layers, of the tokens."""
     layers: int = 2
-    """Residual blocks: of each level of the U-Net, or of the MLP."""
+    """Residual blocks: of each level of the U-Net, or of the MLP; blocks of the DiT."""
+    patch: int = 2
+    """DiT: side of a patch."""
     dropout: float = 0.0
     num_classes: int | None = None
     """Class labels; None: none are used."""
@@ -52,9 +55,9 @@ class DiffusionConfig(Config):
     learning_rate: float = 2e-4
 
     def __post_init__(self) -> None:
-        if self.network not in ("auto", "mlp", "unet"):
-            raise ValueError(f"network must be 'auto', 'mlp' or 'unet', got {self.network!r}")
-        if self.network == "unet" and len(self.event_shape) != 3:
+        if self.network not in ("auto", "mlp", "unet", "dit"):
+            raise ValueError(f"network must be 'auto', 'mlp', 'unet' or 'dit', got {self.network!r}")
+        if self.network in ("unet", "dit") and len(self.event_shape) != 3:
             raise ValueError(f"network={self.network!r} needs images (C, H, W), got event_shape {self.event_shape}")
         if self.num_classes is not None and self.num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
@@ -93,6 +96,16 @@ def build_network(config: DiffusionConfig, *, outputs: int = 1, time_scale: floa
             attention_levels=config.attention_levels,
             num_classes=config.num_classes,
             dropout=config.dropout,
+            time_scale=time_scale,
+        )
+    if kind == "dit":
+        return DiT(
+            channels,
+            outputs * channels,
+            patch=config.patch,
+            width=config.width,
+            depth=config.layers,
+            num_classes=config.num_classes,
             time_scale=time_scale,
         )
     return TimeMLP(
@@ -280,7 +293,7 @@ class DiffusionModel(Model):
             grid = grid.tail(max(1, round(strength * len(grid.time))))
         plan = method.plan(grid) if compat is None else upstream_plan(method, grid)
         table = self.table(plan)
-        limit, adjust = self._limit(method, clamp, threshold, adjust)
+        limit, adjust = self._limits(method, clamp, threshold, adjust)
         x = self._start(n, key, plan, init)
         classes = self.sampling_labels(labels, n, key)
         if guidance is not None and guidance != 1:
@@ -307,7 +320,7 @@ class DiffusionModel(Model):
         row = torch.tensor([float(alpha), float(sigma), 0.0, 0.0], device=key.device)
         return ops.diffuse(self.encode_range(init), row, place, target=False).x_t
 
-    def _limit(
+    def _limits(
         self, sampler: Sampler, clamp: bool | None, threshold: float | None, adjust: Callable[[Step], Tensor] | None
     ) -> tuple[float | None, Callable[[Step], Tensor] | None]:
         """The clamp, and ``adjust`` behind dynamic thresholding."""
