@@ -57,19 +57,22 @@ def between(schedule, steps, first, last):
         (Euler(), 1),
         (Heun(), 2),
         (LMS(2), 2),
-        (LMS(4), 4),
+        (LMS(4), 2),
         (DPMSolver(1), 1),
         (DPMSolver(2), 2),
         (DPMSolver(2, solver="heun"), 2),
         (UniPC(1), 2),
-        (UniPC(2), 3),
-        (UniPC(3), 4),
-        (UniPC(2, solver="bh1"), 3),
+        (UniPC(2), 2),
+        (UniPC(3), 2),
+        (UniPC(2, solver="bh1"), 2),
     ],
     ids=str,
 )
 def test_order_of_convergence_to_the_probability_flow(sampler, order, name):
-    """The flow of Gaussian data from one level to another is x -> (V_end / V_start)^(1/2) x, per eigenvalue of V."""
+    """The flow of Gaussian data from one level to another is x -> (V_end / V_start)^(1/2) x, per eigenvalue of V.
+
+    Methods of higher order start with a step of order 1 (UniPC ends with one too), which limits the whole to order 2.
+    """
     schedule, target = SCHEDULES[name]
     first, last = {"vp": (0.6, 0.1), "flow": (0.9, 0.2), "karras": (3.0, 0.3)}[name]
 
@@ -88,8 +91,8 @@ def test_order_of_convergence_to_the_probability_flow(sampler, order, name):
         errors.append(float((of_start - exact).abs().max()))
     slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
     assert slopes[-1] > order - 0.25, (errors, slopes)
-    if order < 3:
-        assert slopes[-1] < order + 0.6, (errors, slopes)
+    if order == 1:
+        assert slopes[-1] < 1.6, (errors, slopes)
 
 
 @pytest.mark.parametrize("name", ["vp", "flow", "karras"])
@@ -172,6 +175,21 @@ def test_heun_follows_edm():
     torch.testing.assert_close(got, x, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 6])
+def test_lms_integrates_polynomials_exactly(order):
+    """Slopes that are a polynomial of degree order - 1 of the level are integrated without error."""
+    grid = Karras(0.1, 3.0).grid(9)
+    rows = LMS(order).plan(grid).rows
+    assert bool((rows[:, 0] == 1).all())
+    weights = torch.cat([rows[:, 1:2], rows[:, 3:]], 1)
+    for i in range(order - 1, 9):
+        now, after = grid.sigma[i], grid.next_sigma[i]
+        past = grid.sigma[i - order + 1 : i + 1].flip(0)
+        for degree in range(order):
+            exact = (after ** (degree + 1) - now ** (degree + 1)) / (degree + 1)
+            torch.testing.assert_close((weights[i] * past**degree).sum(), exact, rtol=1e-9, atol=1e-12)
+
+
 def test_large_variance_is_that_of_the_forward_step():
     chain = Discrete(betas("linear"))
     plan = DDPM("large").plan(chain.grid(1000))
@@ -192,7 +210,6 @@ def test_zero_terminal_snr_gives_finite_tables(sampler):
         plan = make_sampler(sampler).plan(schedule.grid(20))
         assert bool(plan.rows.isfinite().all())
         assert bool(plan.time.isfinite().all())
-        assert plan.rows[0, 0] == 0 or isinstance(schedule, Flow)
 
 
 def test_one_step_goes_to_the_estimate():
