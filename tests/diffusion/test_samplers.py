@@ -32,7 +32,7 @@ def test_marginal_of_gaussian_data(sampler, name):
             method.plan(schedule.grid(5))
         return
     errors = []
-    for steps in (30, 120):
+    for steps in (20, 80):
         plan = method.plan(schedule.grid(steps))
         std = float(schedule.prior_std(plan.alpha[0], plan.sigma[0]))
         mean, covariance = moments(schedule, plan, target, torch.zeros(2).double(), std**2 * torch.eye(2).double())
@@ -86,13 +86,13 @@ def test_order_of_convergence_to_the_probability_flow(sampler, order, name):
 
     exact = power(variance(last), 0.5) @ power(variance(first), -0.5)
     errors = []
-    for steps in (32, 64, 128):
+    for steps in (40, 80):
         _, of_start, _ = linear_map(schedule, sampler.plan(between(schedule, steps, first, last)), target)
         errors.append(float((of_start - exact).abs().max()))
-    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
-    assert slopes[-1] > order - 0.25, (errors, slopes)
+    slope = math.log2(errors[0] / errors[1])
+    assert slope > order - 0.25, (errors, slope)
     if order == 1:
-        assert slopes[-1] < 1.6, (errors, slopes)
+        assert slope < 1.6, (errors, slope)
 
 
 @pytest.mark.parametrize("name", ["vp", "flow", "karras"])
@@ -114,16 +114,20 @@ def test_order_of_convergence_in_distribution(sampler, order, name):
     schedule, target = SCHEDULES[name]
     first, last = {"vp": (0.6, 0.1), "flow": (0.9, 0.2), "karras": (3.0, 0.3)}[name]
     errors = []
-    for steps in (32, 64, 128):
+    for steps in (40, 80):
         grid = between(schedule, steps, first, last)
         (alpha, sigma), (alpha1, sigma1) = schedule.at(torch.tensor(first)), schedule.at(torch.tensor(last))
         eye = torch.eye(2).double()
         start = alpha * MEAN, alpha**2 * COVARIANCE + sigma**2 * eye
         mean, covariance = moments(schedule, sampler.plan(grid), target, *start)
-        torch.testing.assert_close(mean, alpha1 * MEAN, rtol=0, atol=0.3 if order == 1 else 0.05)
-        errors.append(float((covariance - alpha1**2 * COVARIANCE - sigma1**2 * eye).abs().max()))
-    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
-    assert slopes[-1] > order - 0.25, (errors, slopes)
+        errors.append(
+            max(
+                float((mean - alpha1 * MEAN).abs().max()),
+                float((covariance - alpha1**2 * COVARIANCE - sigma1**2 * eye).abs().max()),
+            )
+        )
+    assert math.log2(errors[0] / errors[1]) > order - 0.25, errors
+    assert errors[1] < 0.03, errors
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
