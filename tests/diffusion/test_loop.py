@@ -141,9 +141,7 @@ def test_learned_variance():
     key = random.key(1)
     for share, variance in ((-1.0, "small"), (1.0, "large")):
         fixed = table_of(DDPM(variance), 6, "epsilon")
-        torch.testing.assert_close(
-            run(at(share), start(), table, key), run(network, start(), fixed, key), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(run(at(share), start(), table, key), run(network, start(), fixed, key), rtol=1e-4, atol=1e-4)
     # a sampler with its own variance leaves the network's alone
     other = table_of(DDIM(), 6, "epsilon")
     assert torch.equal(run(at(1.0), start(), other, key), run(network, start(), other, key))
