@@ -207,8 +207,8 @@ def test_as_source_takes_what_there_is():
 
 def test_floats_of_the_shape_of_the_samples_are_paired_with_them():
     x, y = torch.rand(6, 1, 4, 4), torch.randn(6, 1, 4, 4)
-    source = as_source((x, y))
+    source = data.as_source((x, y))
     assert source.num_classes is None
     assert all(torch.equal(a, b) for a, b in zip(source.batch(torch.tensor([4, 1])), (x[[4, 1]], y[[4, 1]]), strict=True))
-    stream = as_source(iter([(x, y.double())]))
+    stream = data.as_source(iter([(x, y.double())]))
     assert torch.equal(next(stream.batches())[1], y)

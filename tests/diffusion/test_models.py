@@ -243,5 +243,5 @@ def test_config_errors(name, options, message):
 def test_sampling_errors(options, message):
     with pytest.raises(ValueError, match=message):
         make("ddpm").sample(2, **options)
-    with pytest.raises(ValueError, match="labels must be in 0 .. 3, where 3 is no class, got 4"):
+    with pytest.raises(ValueError, match=r"labels must be in 0 \.\. 3, where 3 is no class, got 4"):
         make("ddpm", num_classes=3).sample(2, labels=4)

@@ -1,5 +1,6 @@
 """Samplers on Gaussian data, where mean, covariance and order of convergence are known; and how they are related."""
 
+import itertools
 import math
 
 import pytest
@@ -160,7 +161,7 @@ def test_heun_follows_edm():
 
     levels = [*schedule.grid(steps).sigma.tolist(), 0.0]
     x, draws = first * levels[0], iter(noise[1::2])
-    for i, (now, after) in enumerate(zip(levels, levels[1:], strict=False)):
+    for i, (now, after) in enumerate(itertools.pairwise(levels)):
         gamma = min(churn / steps, math.sqrt(2) - 1) if low <= now <= high else 0.0
         hat = now * (1 + gamma)
         if i:

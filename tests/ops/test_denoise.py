@@ -314,7 +314,7 @@ def test_errors(arguments, options, error, message):
 @pytest.mark.parametrize("event", [(2,), (3, 37)])
 def test_estimate_goes_into_a_slot_of_the_history_that_the_step_reads(backend, event):
     x, m, history = torch.randn(9, *event), torch.randn(9, *event), torch.randn(2, 9, *event)
-    row, key = torch.tensor([1.2, -0.3, 0.5, 0.6, 0.2, 0.4, -0.7]), fastgen.random.key(3)
+    row, key = torch.tensor([1.2, -0.3, 0.5, 0.6, 0.2, 0.4, -0.7]), random.key(3)
     expected = ops.denoise(x, m, row, key, history=history, clamp=1.0, backend=backend)
     state = x.clone()
     x_next, x0 = ops.denoise(state, m, row, key, history=history, clamp=1.0, out=(state, history[1]), backend=backend)
