@@ -25,10 +25,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -255,11 +257,12 @@ class LMS(Sampler):
         return _plan(grid, torch.stack([next_scale / scale, newest, torch.zeros_like(scale), *older], 1), of="slope")
 
 
+_gauss_legendre = functools.cache(np.polynomial.legendre.leggauss)
+
+
 def _lagrange_integrals(nodes: list[float], low: float, high: float) -> list[float]:
     """Integrals from low to high of the Lagrange polynomials on the nodes; exact, by Gauss-Legendre quadrature."""
-    import numpy as np
-
-    points, quadrature = np.polynomial.legendre.leggauss(len(nodes) // 2 + 1)
+    points, quadrature = _gauss_legendre(len(nodes) // 2 + 1)
     at = 0.5 * (high - low) * points + 0.5 * (high + low)
     out = []
     for j, node in enumerate(nodes):

@@ -127,6 +127,21 @@ def test_image_to_image():
     torch.testing.assert_close(seen[0][1], float(alpha) * (2 * init[[0, 1, 0]] - 1) + float(sigma) * z, rtol=1e-4, atol=1e-5)
 
 
+def test_changed_options_change_the_steps():
+    model, times = awake(make("ddpm")), []
+
+    def steps_of(**options):
+        times.clear()
+        model.sample(1, callback=lambda step: times.append(float(step.time)), **options)
+        return list(times)
+
+    assert steps_of(steps=2) == [999, 499]
+    assert steps_of(steps=2, spacing="leading") == [500, 0]
+    assert steps_of(steps=4) == [999, 749, 499, 249]
+    assert steps_of(steps=4, init=torch.zeros(1, 2), strength=0.5) == [499, 249]
+    assert steps_of(steps=2) == [999, 499]
+
+
 def test_thresholding():
     model = awake(make("ddpm", (1, 8, 8)))
     x = model.sample(2, key=random.key(0), steps=1, threshold=0.9, clamp=None)
