@@ -225,7 +225,8 @@ def autoencoder_kl_from_diffusers(config: Mapping[str, Any], weights: Mapping[st
     """Our autoencoder with the options and weights of diffusers' ``AutoencoderKL``, in eval mode.
 
     Images are in [0, 1] here and in [-1, 1] there: ``encode((x + 1) / 2)`` gives the parameters of ``encode(x).latent_dist``,
-    ``2 * decode(z) - 1`` gives ``decode(z).sample``. ``scaling_factor`` and ``shift_factor`` stay in the config.
+    ``2 * decode(z) - 1`` gives ``decode(z).sample``. ``scaling_factor`` and ``shift_factor`` stay in the config;
+    ``latents_mean`` and ``latents_std``, which the network does not use, are not kept.
 
     Args:
         config: its config.json.
