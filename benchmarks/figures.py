@@ -56,4 +56,15 @@ FIGURES = (
     Figure("affine_coupling 4096x512, forward + backward", "affine_coupling", 4096, (512,), _COMPILED, 1.3, 1.0, mode="fwdbwd"),
     Figure("lu_linear 16x48x16x16", "lu_linear", 16, (48, 16, 16), _EAGER, 1.5, 1.0),
     Figure("lu_linear 16x48x16x16, forward + backward", "lu_linear", 16, (48, 16, 16), _EAGER, 1.5, 1.0, mode="fwdbwd"),
+    Figure("nearest_code 16384x64, 1024 codes", "nearest_code", 16384, (64,), ("torch.cdist + argmin",), 5, 4),
+    Figure(
+        "nearest_code 8192x32, 8192 codes, with statistics",
+        "nearest_code",
+        8192,
+        (32,),
+        ("vector-quantize-pytorch",),
+        25,
+        10,
+        flags=(("many", True), ("statistics", True)),
+    ),
 )

@@ -200,6 +200,47 @@ def _lu_linear(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
     return bind(_eager_lu_linear, inputs, mode, ("x", "lower", "upper", "log_diagonal"))
 
 
+def _cdist_argmin(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
+    """The index alone, through the matrix of all distances."""
+    z, codebook = inputs["z"], inputs["codebook"]
+    return lambda: torch.cdist(z, codebook).argmin(1)
+
+
+def _vector_quantize(inputs: dict[str, Any]) -> Any:
+    """The codebook of vector-quantize-pytorch in training. It keeps running averages; moving the codes to them is left out."""
+    from vector_quantize_pytorch.vector_quantize_pytorch import Codebook
+
+    codebook = Codebook(*inputs["codebook"].T.shape, threshold_ema_dead_code=0, manual_ema_update=True).train()
+    codebook.embed.data.copy_(inputs["codebook"])
+    return codebook
+
+
+def _vector_quantize_step(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
+    codebook, z = _vector_quantize(inputs), inputs["z"][None]
+    return lambda: codebook(z)
+
+
+def _check_choice(index: Tensor, inputs: dict[str, Any]) -> None:
+    """Near ties may fall either way: it is the distance of the chosen code that must be the least."""
+    from fastgen.ops.nearest_code import nearest_code_reference
+
+    chosen = (inputs["z"].double() - inputs["codebook"].double()[index]).square().sum(1)
+    if not torch.allclose(
+        chosen, nearest_code_reference(inputs["z"].double(), inputs["codebook"].double()).distance, rtol=1e-3
+    ):
+        raise ParityError("some codes are not the nearest")
+
+
+def _check_vector_quantize(inputs: dict[str, Any]) -> None:
+    codebook = _vector_quantize(inputs)
+    size = codebook.cluster_size.clone()
+    _, index, _ = codebook(inputs["z"][None])
+    _check_choice(index[0], inputs)
+    counts = torch.bincount(index[0], minlength=len(inputs["codebook"]))
+    if not torch.allclose(codebook.cluster_size, size.lerp(counts[None].to(size), 1 - codebook.decay)):
+        raise ParityError("codes are counted differently")
+
+
 PEERS: dict[str, list[Peer]] = {
     "affine_coupling": [
         Peer("eager PyTorch", _coupling(lambda: _eager_coupling)),
@@ -212,6 +253,22 @@ PEERS: dict[str, list[Peer]] = {
     "trace_sqrt_product": [
         Peer("torchmetrics' way, eigvals", _torchmetrics_trace, modes=("fwd",)),
         Peer("scipy sqrtm", _scipy_trace, modes=("fwd",)),
+    ],
+    "nearest_code": [
+        Peer(
+            "torch.cdist + argmin",
+            _cdist_argmin,
+            lambda inputs: _check_choice(_cdist_argmin(inputs, "fwd")(), inputs),
+            when=lambda flags: not flags.get("statistics"),
+            modes=("fwd",),
+        ),
+        Peer(
+            "vector-quantize-pytorch",
+            _vector_quantize_step,
+            _check_vector_quantize,
+            when=lambda flags: bool(flags.get("statistics")),
+            modes=("fwd",),
+        ),
     ],
     "normal": [
         Peer("torch.randn", _torch_randn, _check_randn),

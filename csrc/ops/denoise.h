@@ -2,6 +2,7 @@
 #pragma once
 #include "../math.h"
 #include "../random.h"
+#include "../unit.h"
 
 FASTGEN_BEGIN
 
@@ -203,5 +204,7 @@ inline void denoise_bwd(int64_t dtype, int64_t model_dtype, int64_t rows, int64_
                          (M*)grad_variance, fast, threads);
   });
 }
+
+FASTGEN_KERNELS(denoise, KERNEL(denoise_fwd), KERNEL(denoise_bwd))
 
 FASTGEN_END

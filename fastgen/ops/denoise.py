@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.ops import _checks, _dispatch, _native
 from fastgen.ops._philox import normals
@@ -362,7 +361,7 @@ class _Denoise(torch.autograd.Function):
         return _step(*inputs, fast, backend)
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, grad_next: Tensor | None, grad_x0: Tensor | None) -> tuple[Tensor | None, ...]:
         *before, log_variance, bounds = ctx.saved_tensors
         names = ("x", "model_out", "history", "log_variance")
