@@ -7,8 +7,8 @@ In y = x / alpha and the noise ratio r = sigma / alpha the flow is dy/dr = eps(x
 from the smallest noise ratio of the schedule, where x_low is taken for the data, to the largest. The integral is left to an
 adaptive solver (torchdiffeq).
 
-Source: Song et al. (2021), "Score-based generative modeling through stochastic differential equations", section 4.3 and appendix
-D.2.
+Source: Song et al. (2021), "Score-based generative modeling through stochastic differential equations", section 4.3 and
+appendix D.2.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def probability_flow_log_prob(
             per sample, and is unbiased.
         rtol, atol, method: of ``torchdiffeq.odeint``; samples of a batch share the steps of the solver.
     """
-    solve: Any = require("torchdiffeq", package="torchdiffeq", extra="ode", purpose="the likelihood of a diffusion model").odeint
+    purpose = "the likelihood of a diffusion model"
+    solve: Any = require("torchdiffeq", package="torchdiffeq", extra="ode", purpose=purpose).odeint
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"trace must be 'hutchinson' or 'exact', got {trace!r}")
     if tuple(x.shape[1:]) != model.event_shape:
