@@ -15,6 +15,16 @@ FLOWS = {
     "nsf-nflows": ("nsf", {"event_shape": (2,), "layers": 2, "bins": 3, "hidden": (8,), "convention": "nflows"}),
     "nsf-context": ("nsf", {"event_shape": (4,), "layers": 2, "bins": 4, "hidden": (8,), "context": 3}),
     "nsf-image": ("nsf", {"event_shape": (1, 2, 2), "layers": 2, "bins": 4, "hidden": (8,)}),
+    "nsf-autoregressive": ("nsf", {"event_shape": (4,), "layers": 2, "bins": 4, "hidden": (9, 8), "kind": "autoregressive"}),
+    "nsf-autoregressive-context": (
+        "nsf",
+        {"event_shape": (3,), "layers": 2, "bins": 3, "hidden": (8,), "kind": "autoregressive", "context": 3},
+    ),
+    "maf": ("maf", {"event_shape": (5,), "layers": 3, "hidden": (8, 8)}),
+    "maf-context": ("maf", {"event_shape": (3,), "layers": 2, "hidden": (8,), "context": 3, "inversion": "jacobi"}),
+    "maf-image": ("maf", {"event_shape": (1, 2, 2), "layers": 2, "hidden": (8,)}),
+    "iaf": ("iaf", {"event_shape": (4,), "layers": 2, "hidden": (8, 8)}),
+    "iaf-context": ("iaf", {"event_shape": (3,), "layers": 2, "hidden": (8,), "context": 3}),
 }
 """Case -> name and config of the model."""
 
