@@ -25,6 +25,10 @@ FLOWS = {
     "maf-image": ("maf", {"event_shape": (1, 2, 2), "layers": 2, "hidden": (8,)}),
     "iaf": ("iaf", {"event_shape": (4,), "layers": 2, "hidden": (8, 8)}),
     "iaf-context": ("iaf", {"event_shape": (3,), "layers": 2, "hidden": (8,), "context": 3}),
+    "planar": ("planar", {"event_shape": (3,), "layers": 4}),
+    "planar-context": ("planar", {"event_shape": (2,), "layers": 2, "context": 3}),
+    "radial": ("radial", {"event_shape": (3,), "layers": 4}),
+    "radial-context": ("radial", {"event_shape": (2,), "layers": 2, "context": 3}),
 }
 """Case -> name and config of the model."""
 
