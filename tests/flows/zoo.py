@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import fastgen
+from fastgen.flows.residual import ResidualFlow
 
 FLOWS = {
     "nice": ("nice", {"event_shape": (5,), "layers": 3, "hidden": (8,)}),
@@ -29,6 +30,13 @@ FLOWS = {
     "planar-context": ("planar", {"event_shape": (2,), "layers": 2, "context": 3}),
     "radial": ("radial", {"event_shape": (3,), "layers": 4}),
     "radial-context": ("radial", {"event_shape": (2,), "layers": 2, "context": 3}),
+    "cnf": ("cnf", {"event_shape": (3,), "hidden": (5,), "tolerance": 1e-11}),
+    "cnf-context": (
+        "cnf",
+        {"event_shape": (2,), "hidden": (4,), "tolerance": 1e-12, "context": 3, "adjoint": True},
+    ),
+    "residual": ("residual_flow", {"event_shape": (3,), "hidden": (8, 6), "layers": 2}),
+    "residual-context": ("residual_flow", {"event_shape": (2,), "hidden": (6,), "layers": 2, "context": 3}),
 }
 """Case -> name and config of the model."""
 
@@ -40,6 +48,8 @@ def make(case, dtype=torch.float32, **options):
     model = fastgen.create(name, **{**config, **options})
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
+    if isinstance(model, ResidualFlow):
+        model.settle().eval()
     return model.to(dtype)
 
 
