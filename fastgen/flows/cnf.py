@@ -24,6 +24,7 @@ from fastgen._extras import require
 from fastgen.flows.flow import Context, Flow, FlowConfig
 from fastgen.flows.probes import of_layer, rademacher
 from fastgen.flows.transform import Bijection
+from fastgen.nn.conditioner import LIMIT
 from fastgen.registry import register
 
 __all__ = ["CNF", "CNFConfig", "ContinuousFlow", "VelocityField"]
@@ -70,7 +71,7 @@ class VelocityField(nn.Module):
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         time = t.to(x.dtype).expand(len(x), 1)
         for i, layer in enumerate(self.layers):
-            x = layer(torch.cat((torch.tanh(x) if i else x, time), 1))
+            x = layer(torch.cat((torch.tanh(x) if i else x.clamp(-LIMIT, LIMIT), time), 1))
             if self.context is not None and i == 0:
                 x = x + self.context(context)
         return x

@@ -23,6 +23,7 @@ from torch.nn.functional import one_hot
 
 from fastgen.flows import images
 from fastgen.flows.base import BASES
+from fastgen.flows.diagnose import Report, diagnose
 from fastgen.flows.transform import Bijection, Compose, GivenContext
 from fastgen.nn.model import Batch, Config, Model, split_batch
 
@@ -44,7 +45,7 @@ class FlowConfig(Config):
     """Distribution of the noise."""
     memory: Literal["standard", "invertible"] = "standard"
     """"invertible" trains in memory that does not grow with depth; see :mod:`fastgen.flows.stack`."""
-    levels: int = 256
+    grey_levels: int = 256
     """Images alone: their grey levels, dequantised by uniform noise; 0 for images of real values in [0, 1]."""
     alpha: float | None = 0.05
     """Images alone: pixels v go to the real line as logit(alpha + (1 - 2 alpha) v); None: as v - 1/2."""
@@ -62,8 +63,8 @@ class FlowConfig(Config):
             raise ValueError(f"base must be one of {', '.join(BASES)}, got {self.base!r}")
         if not self.event_shape or min(self.event_shape) < 1:
             raise ValueError(f"event_shape must be positive sizes, got {self.event_shape}")
-        if self.levels < 0 or self.levels == 1:
-            raise ValueError(f"levels must be 0 or at least 2, got {self.levels}")
+        if self.grey_levels < 0 or self.grey_levels == 1:
+            raise ValueError(f"grey_levels must be 0 or at least 2, got {self.grey_levels}")
 
 
 class FlowLoss(NamedTuple):
@@ -147,7 +148,7 @@ class Flow(Model):
         return FlowDistribution(self, self._context(context))
 
     def _dequantized(self, x: Tensor, key: Tensor | None) -> Tensor:
-        return images.dequantize(x, self.config.levels, key) if self.config.is_image and self.config.levels else x
+        return images.dequantize(x, self.config.grey_levels, key) if self.config.is_image and self.config.grey_levels else x
 
     def log_prob(self, x: Tensor, context: Context | None = None, *, key: Tensor | None = None) -> Tensor:
         """log p(x | context) in nats, for x [N, *event_shape]: [N].
@@ -165,14 +166,14 @@ class Flow(Model):
         nats = -self.log_prob(x, context if self.config.context else None, key=key).mean()
         if not self.config.is_image:
             return FlowLoss(nats)
-        levels = math.log2(self.config.levels) if self.config.levels else 0.0
+        levels = math.log2(self.config.grey_levels) if self.config.grey_levels else 0.0
         return ImageFlowLoss(nats, nats.detach() / (self.features * math.log(2)) + levels)
 
     def encode(self, x: Tensor, context: Context | None = None) -> Tensor:
         """The noise z [N, D] that x [N, *event_shape] comes from; of an image, the middle of its grey levels."""
         self._check(x)
-        if self.config.is_image and self.config.levels:
-            x = (x * (self.config.levels - 1) + 0.5) / self.config.levels
+        if self.config.is_image and self.config.grey_levels:
+            x = (x * (self.config.grey_levels - 1) + 0.5) / self.config.grey_levels
         return self.transform(x, self._context(context, len(x)))
 
     def decode(self, z: Tensor, context: Context | None = None) -> Tensor:
@@ -180,7 +181,7 @@ class Flow(Model):
         if z.dim() != 2 or z.shape[1] != self.features:
             raise ValueError(f"z must be [N, {self.features}], got {list(z.shape)}")
         x = self.invert(z, self._context(context, len(z)))
-        return images.quantize(x, self.config.levels) if self.config.is_image and self.config.levels else x
+        return images.quantize(x, self.config.grey_levels) if self.config.is_image and self.config.grey_levels else x
 
     def invert(self, z: Tensor, context: Tensor | None) -> Tensor:
         """t.inv(z) for z [N, D] and context [N, C] or None; without gradients, a cache's worth of samples at a time."""
@@ -188,6 +189,23 @@ class Flow(Model):
             return self.transform.inv_and_ladj(z, context)[0]
         contexts = itertools.repeat(None) if context is None else context.split(_ROWS)
         return torch.cat([self.transform.inv_and_ladj(*part)[0] for part in zip(z.split(_ROWS), contexts, strict=False)])
+
+    def diagnose(
+        self, x: Tensor, context: Context | None = None, *, inverse: bool = False, key: Tensor | None = None
+    ) -> Report:
+        """What every layer does to a batch, and the first one that gives something not finite.
+
+        Args:
+            x: data [N, *event_shape]; noise [N, D] with ``inverse``.
+            inverse: look at sampling instead of at the density.
+            key: of the noise that dequantises images.
+
+        >>> print(flow.diagnose(x))  # doctest: +SKIP
+        """
+        if not inverse:
+            self._check(x)
+            x = self._dequantized(x, key)
+        return diagnose(self.transform, x, self._context(context, len(x)), inverse=inverse)
 
     @torch.no_grad()
     def sample(self, n: int, *, key: Tensor | None = None, context: Context | None = None, temperature: float = 1.0) -> Tensor:

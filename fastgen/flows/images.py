@@ -19,6 +19,7 @@ from torch.distributions.constraints import Constraint
 
 from fastgen import ops
 from fastgen.flows.transform import Bijection
+from fastgen.nn.conditioner import LIMIT
 
 __all__ = ["Centre", "Flatten", "Logit", "Squeeze", "dequantize", "pixels", "quantize"]
 
@@ -84,12 +85,12 @@ class Logit(Bijection):
 
 
 class Centre(Bijection):
-    """y = x - 1/2."""
+    """y = x - 1/2; what is no pixel at all saturates, so that later sums do not overflow."""
 
     event_dims = (3, 3)
 
     def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x - 0.5, x.new_zeros(len(x))
+        return x.clamp(-LIMIT, LIMIT) - 0.5, x.new_zeros(len(x))
 
     def inv_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return y + 0.5, y.new_zeros(len(y))

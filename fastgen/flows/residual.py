@@ -29,6 +29,7 @@ from fastgen.flows.flow import Context, Flow, FlowConfig
 from fastgen.flows.implicit import SearchedInverse
 from fastgen.flows.probes import of_layer, rademacher
 from fastgen.flows.stack import Stack
+from fastgen.nn.conditioner import LIMIT
 from fastgen.ops import uniform
 from fastgen.registry import register
 
@@ -89,7 +90,7 @@ class Contraction(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         first, *rest = self.layers
-        h = first(x)
+        h = first(x.clamp(-LIMIT, LIMIT))
         if self.context is not None:
             h = h + self.context(context)
         for activation, layer in zip(self.activations, rest, strict=True):

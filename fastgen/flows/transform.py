@@ -10,26 +10,15 @@ In a flow, x is data and y noise: sampling inverts.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Iterator
-from typing import ClassVar, NamedTuple, cast
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 from torch.distributions.constraints import Constraint
 
-__all__ = ["Bijection", "Compose", "GivenContext", "Inverse", "Step", "gradients"]
-
-
-class Step(NamedTuple):
-    """One elementary layer at work."""
-
-    name: str
-    transform: Bijection
-    x: Tensor
-    y: Tensor
-    ladj: Tensor
-    """log |det dy/dx| in nats: [N]."""
+__all__ = ["Bijection", "Compose", "GivenContext", "Inverse", "gradients"]
 
 
 class Bijection(nn.Module):
@@ -78,14 +67,6 @@ class Bijection(nn.Module):
     def given(self, context: Tensor | None = None) -> GivenContext:
         """The transform at one context, as ``torch.distributions`` knows transforms."""
         return GivenContext(self, context)
-
-    def steps(self, x: Tensor, context: Tensor | None = None, name: str = "") -> Generator[Step, None, Tensor]:
-        """Yield every elementary layer that :meth:`call_and_ladj` goes through, and return y. Composed transforms go into
-        their parts.
-        """
-        y, ladj = self.call_and_ladj(x, context)
-        yield Step(name, self, x, y, ladj)
-        return y
 
     def rebuild(
         self,
@@ -182,6 +163,8 @@ class Compose(Bijection):
         super().__init__()
         for i, transform in enumerate(transforms):
             self.add_module(str(i), transform)
+        if len(self):
+            self.event_dims = (self[0].event_dims[0], self[-1].event_dims[1])
 
     def __iter__(self) -> Iterator[Bijection]:
         return iter(cast(Iterable[Bijection], self.children()))
@@ -215,11 +198,6 @@ class Compose(Bijection):
             y, ladj = transform.inv_and_ladj(y, context)
             total = ladj if total is None else total + ladj
         return y, y.new_zeros(len(y)) if total is None else total
-
-    def steps(self, x: Tensor, context: Tensor | None = None, name: str = "") -> Generator[Step, None, Tensor]:
-        for part, transform in self.named_children():
-            x = yield from cast(Bijection, transform).steps(x, context, f"{name}.{part}" if name else part)
-        return x
 
 
 class GivenContext(Transform):

@@ -125,7 +125,7 @@ def radial(z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
     centre, alpha, beta = _radial_parameters(parameters, z.shape[1])
     away = z - centre
     h = 1 / (alpha + away.norm(dim=1).clamp(max=LIMIT))
-    return z + (beta * h)[:, None] * away, _log_det(z.shape[1], alpha, beta, h)
+    return centre + (1 + beta * h)[:, None] * away, _log_det(z.shape[1], alpha, beta, h)
 
 
 def radial_inverse(y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:

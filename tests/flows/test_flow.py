@@ -134,15 +134,15 @@ def test_labels_count_as_one_hot_features(case):
 @pytest.mark.parametrize("case", IMAGES)
 def test_images(case):
     model = make(case)
-    levels = torch.randint(0, 256, (6, *model.event_shape)) / 255
-    key = random.key(2)
-    torch.testing.assert_close(model.decode(model.encode(levels)), levels, rtol=0, atol=1e-6)
-    loss = model.loss(levels, key=key)
+    x, key = torch.randint(0, 256, (6, *model.event_shape)) / 255, random.key(2)
+    context = draw(model, 6)[1]
+    loss = model.loss((x, context) if context is not None else x, key=key)
     bits = loss.loss / (model.features * math.log(2)) + 8
     torch.testing.assert_close(loss.bits_per_dim, bits.detach())
-    torch.testing.assert_close(model.log_prob(levels, key=key), model.log_prob(levels, key=key), rtol=0, atol=0)
-    assert (model.log_prob(levels, key=key) != model.log_prob(levels, key=random.key(3))).any()
-    drawn = model.sample(8) * 255
+    torch.testing.assert_close(model.decode(model.encode(x, context), context), x, rtol=0, atol=1e-6)
+    assert torch.equal(model.log_prob(x, context, key=key), model.log_prob(x, context, key=key))
+    assert (model.log_prob(x, context, key=key) != model.log_prob(x, context, key=random.key(3))).any()
+    drawn = model.sample(6, context=context) * 255
     assert torch.equal(drawn, drawn.round().clamp(0, 255))
 
 
@@ -173,7 +173,7 @@ def test_saved_and_loaded_and_sampled(case, tmp_path):
         ("nsf", {"memory": "small"}, "memory must be 'standard' or 'invertible', got 'small'"),
         ("realnvp", {"bound": "exp"}, "bound must be None, 'tanh' or 'sigmoid', got 'exp'"),
         ("realnvp", {"event_shape": (1, 2, 2), "alpha": 0.7}, r"alpha must be in \(0, 0.5\), got 0.7"),
-        ("nice", {"levels": 1}, "levels must be 0 or at least 2, got 1"),
+        ("nice", {"grey_levels": 1}, "grey_levels must be 0 or at least 2, got 1"),
     ],
 )
 def test_config_errors(name, options, message):

@@ -37,17 +37,26 @@ FLOWS = {
     ),
     "residual": ("residual_flow", {"event_shape": (3,), "hidden": (8, 6), "layers": 2}),
     "residual-context": ("residual_flow", {"event_shape": (2,), "hidden": (6,), "layers": 2, "context": 3}),
+    "realnvp-image": ("realnvp", {"event_shape": (1, 4, 8), "channels": 4, "blocks": 1}),
+    "glow": ("glow", {"event_shape": (2, 4, 4), "steps": 2, "channels": 6}),
+    "glow-context": (
+        "glow",
+        {"event_shape": (1, 4, 4), "steps": 1, "channels": 6, "context": 3, "levels": 1, "bound": "sigmoid"},
+    ),
 }
 """Case -> name and config of the model."""
 
 
 def make(case, dtype=torch.float32, **options):
-    """The model of a case with random parameters: none is zero, whatever the model starts from."""
+    """The model of a case with random parameters: none is zero, whatever the model starts from.
+
+    Those of images are smaller, since the logistic function that ends on pixels cannot be inverted far out.
+    """
     name, config = FLOWS[case]
     torch.manual_seed(1)
     model = fastgen.create(name, **{**config, **options})
     for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
+        parameter.data += (0.05 if model.config.is_image else 0.2) * torch.randn_like(parameter)
     if isinstance(model, ResidualFlow):
         model.settle().eval()
     return model.to(dtype)
