@@ -64,12 +64,20 @@ class MADE(nn.Module):
         context: features of the context, which every dimension sees; 0 for none.
         residual: the hidden layers after the first come in pairs, each pair a residual block with ReLU before its layers;
             all are of one width.
+        degrees: of the hidden units, layer by layer, each ascending; None spreads them evenly.
 
     Shape: [N, D], [N, context] or None -> a tuple of [N, D * outputs[i]], to be read as [N, D, outputs[i]].
     """
 
     def __init__(
-        self, features: int, hidden: Sequence[int], outputs: Sequence[int], context: int = 0, *, residual: bool = False
+        self,
+        features: int,
+        hidden: Sequence[int],
+        outputs: Sequence[int],
+        context: int = 0,
+        *,
+        residual: bool = False,
+        degrees: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         if features < 1:
@@ -82,7 +90,8 @@ class MADE(nn.Module):
         self.residual = residual
         # units of degree 0 see the context alone
         least = 0 if context or features == 1 else 1
-        degrees = [[least + i * (features - least) // width for i in range(width)] for width in hidden]
+        spread = [[least + i * (features - least) // width for i in range(width)] for width in hidden]
+        degrees = spread if degrees is None else degrees
         sees = [list(range(1, features + 1)), *degrees]
         self.layers = nn.ModuleList(MaskedLinear(a, b, features) for a, b in itertools.pairwise(sees))
         heads = ([d for d in range(features) for _ in range(size)] for size in outputs)
