@@ -1,4 +1,4 @@
-"""Autoregressive layers: every element is mapped with parameters that a masked network computes from the elements before it.
+"""Autoregressive layers: each element is mapped with parameters that a masked network finds from the elements before it.
 
 One pass of the network maps a batch. The inverse finds one element after the other, by one of three methods with the same result:
 
@@ -70,7 +70,7 @@ class Autoregressive(SearchedInverse):
         return self._ordered(x), ladj
 
     def _walk(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, total = torch.empty_like(y), 0
+        x, total = torch.empty_like(y), y.new_zeros(len(y))
         for d, parameters in enumerate(self.network.walk(x, context)):
             element, ladj = self.elementwise(y[:, d : d + 1], parameters, inverse=True)
             x[:, d : d + 1] = element

@@ -33,7 +33,8 @@ def test_integrates_to_one(case):
     assert abs(float(log_prob.double().exp().sum()) * cell - 1) < 0.01
 
 
-@pytest.mark.parametrize("case", FLOWS)
+# the test of cnf has all these values in one batch
+@pytest.mark.parametrize("case", [case for case in FLOWS if not case.startswith("cnf")])
 @given(values=st.lists(st.sampled_from(SPECIAL), min_size=32, max_size=32), signs=st.integers(0, 2**32 - 1))
 def test_no_finite_input_gives_nan(case, values, signs):
     """Far out the density may underflow to zero, its logarithm to -inf. Noise up to a thousand deviations gives finite samples,
