@@ -1,44 +1,20 @@
-"""Named peers of the ops: what a user would call without fastgen.
-
-``PEERS[op]`` lists them. ``build(inputs, mode)`` takes one input set of the op and returns a call without arguments;
-packages are imported inside, so that a missing one costs a line in the table and nothing else. ``check(inputs)`` says
-whether the peer does the same work, by statistics or with injected noise, and raises ``ParityError``; without it the
-result of the call is compared with the reference.
-"""
+"""Named peers of the ops and composites: ``PEERS[name]`` lists those of one."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import diffusion_peers
 from benchmarks.parity import ParityError, check_normal
+from benchmarks.peer import Peer
 from benchmarks.workload import bind
 
-__all__ = ["PEERS", "Peer"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Peer:
-    """One way to do the work of an op elsewhere.
-
-    Attributes:
-        name: as in the table.
-        build: ``(inputs, mode)`` -> call without arguments.
-        check: ``(inputs)``; raises ParityError. None: results are compared with the reference.
-        when: whether the peer does what the op does under these flags (those that differ from the default).
-        modes: modes that it has.
-    """
-
-    name: str
-    build: Callable[[dict[str, Any], str], Callable[[], Any]]
-    check: Callable[[dict[str, Any]], None] | None = None
-    when: Callable[[Mapping[str, Any]], bool] = lambda flags: True
-    modes: tuple[str, ...] = ("fwd", "fwdbwd")
+__all__ = ["PEERS"]
 
 
 def _torch_randn(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
@@ -200,18 +176,87 @@ def _lu_linear(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
     return bind(_eager_lu_linear, inputs, mode, ("x", "lower", "upper", "log_diagonal"))
 
 
+def _torch_quantile(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
+    """The lines of diffusers' dynamic thresholding."""
+    x0, quantile, maximum = inputs["x0"], inputs["quantile"], inputs["maximum"]
+
+    def threshold() -> Tensor:
+        flat = x0.reshape(len(x0), -1)
+        s = torch.quantile(flat.abs(), quantile, dim=1).clamp(1, maximum).unsqueeze(1)
+        return (torch.clamp(flat, -s, s) / s).reshape(x0.shape)
+
+    return threshold
+
+
+_SPLINE = ("x", "widths", "heights", "derivatives")
+
+
+def _zuko_spline(bound: float, inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    from zuko.transforms import MonotonicRQSTransform
+
+    def spline(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
+        transform = MonotonicRQSTransform(widths, heights, derivatives, bound=bound)
+        y, log_det = (transform.inv if inverse else transform).call_and_ladj(x)
+        return y, log_det.flatten(1).sum(1)
+
+    return spline
+
+
+def _nflows_spline(bound: float, inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    from nflows.transforms.splines.rational_quadratic import unconstrained_rational_quadratic_spline
+
+    def spline(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det = unconstrained_rational_quadratic_spline(*arguments, inverse=inverse, tails="linear", tail_bound=bound)
+        return y, log_det.flatten(1).sum(1)
+
+    return spline
+
+
+@functools.cache
+def _compiled_spline(bound: float, inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_zuko_spline(bound, inverse), dynamic=False)
+
+
+def _spline(name: str, make: Callable[[float, bool], Callable[..., tuple[Tensor, Tensor]]], convention: str) -> Peer:
+    """A peer that normalises the parameters in its own way, whatever the convention of the workload: the same work."""
+
+    def build(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
+        return bind(make(inputs["bound"], inputs["inverse"]), {n: inputs[n] for n in _SPLINE}, mode, _SPLINE)
+
+    def check(inputs: dict[str, Any]) -> None:
+        from fastgen.ops.rq_spline import rq_spline_reference
+
+        bound, inverse = inputs["bound"], inputs["inverse"]
+        wide = {n: inputs[n].double() for n in _SPLINE}
+        expected = rq_spline_reference(**wide, bound=bound, inverse=inverse, convention=convention)
+        # with gradients where they are timed, or a compiler would work twice
+        got = make(bound, inverse)(*(inputs[n].clone().requires_grad_(torch.is_grad_enabled()) for n in _SPLINE))
+        for output, mine, theirs in zip(("y", "log_det"), got, expected, strict=True):
+            if not torch.allclose(mine.double(), theirs, rtol=1e-3, atol=1e-3):
+                raise ParityError(f"{output} differs from the reference in the convention of {convention}")
+
+    return Peer(name, build, check)
+
+
 PEERS: dict[str, list[Peer]] = {
+    **diffusion_peers.PEERS,
     "affine_coupling": [
         Peer("eager PyTorch", _coupling(lambda: _eager_coupling)),
         Peer("torch.compile of it", _coupling(_compiled_coupling)),
     ],
     "lu_linear": [Peer("eager PyTorch", _lu_linear)],
+    "dynamic_threshold": [Peer("torch.quantile, clamp, divide", _torch_quantile, modes=("fwd",))],
+    "rq_spline": [
+        _spline("zuko", _zuko_spline, "zuko"),
+        _spline("nflows", _nflows_spline, "nflows"),
+        _spline("torch.compile of zuko's", _compiled_spline, "zuko"),
+    ],
     "moments": [
         Peer("torchmetrics' update, float64", _torchmetrics_moments, _check_torchmetrics_moments, modes=("fwd",)),
     ],
     "trace_sqrt_product": [
-        Peer("torchmetrics' way, eigvals", _torchmetrics_trace, modes=("fwd",)),
-        Peer("scipy sqrtm", _scipy_trace, modes=("fwd",)),
+        Peer("torchmetrics' way, eigvals", _torchmetrics_trace, modes=("fwd",), slow=True),
+        Peer("scipy sqrtm", _scipy_trace, modes=("fwd",), slow=True),
     ],
     "normal": [
         Peer("torch.randn", _torch_randn, _check_randn),
