@@ -61,6 +61,10 @@ FIGURES = (
         "diffuse + diffusion_loss + gradient 64x3x32x32", "diffusion_objective", 64, _IMAGES,
         ("diffusers add_noise + F.mse_loss",), 5, 3, mode="fwdbwd",
     ),
+    Figure(
+        "the same, the noise drawn again and never stored", "diffusion_objective", 64, _IMAGES,
+        ("diffusers add_noise + F.mse_loss",), 5, 3, mode="fwdbwd", flags=(("kept", False),),
+    ),
     Figure("denoise 64x3x32x32, DDPM", "denoise", 64, _IMAGES, ("diffusers DDPMScheduler.step",), 10, 6, flags=_DDPM),
     Figure("denoise 1x3x32x32, DDPM", "denoise", 1, _IMAGES, ("diffusers DDPMScheduler.step",), 5, 3, flags=_DDPM),
     Figure("denoise 64x3x32x32, DDPM", "denoise", 64, _IMAGES, _COMPILED, 30, 20, flags=_DDPM),
