@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +54,7 @@ def _mean(name: str, values: list[Tensor]) -> dict[str, float]:
 
 def _levels(model: Model) -> int:
     """Grey levels that a density on [0, 1] has to be scaled by; 1 where the decoder gives a probability mass."""
-    return 1 if getattr(model.config, "likelihood", None) == "bernoulli" else 256
+    return 1 if getattr(model.config, "likelihood", None) == "bernoulli" else getattr(model.config, "grey_levels", 0) or 256
 
 
 @torch.no_grad()
@@ -77,7 +78,8 @@ def evaluate(
         split: which part of named data to take: "train" or "test".
         n: score the first n samples only.
         importance_samples: draws of z per sample in the importance-weighted bound.
-        seed: of those draws; sample i is scored with the same draws for any batch size.
+        seed: of those draws, and of the noise that dequantises images; sample i is scored with the same draws for any batch
+            size.
 
     Returns:
         ``samples`` (their count) and, for a model with an ELBO, ``elbo_nats``, ``iw_bound_nats`` and
@@ -90,6 +92,7 @@ def evaluate(
     """
     model, source = _open(model_or_dir, data, split, device)
     log_prob = getattr(model, "log_prob", None)
+    draws = log_prob is not None and "key" in inspect.signature(log_prob).parameters  # dequantisation noise
     bounded = model if has_elbo(model) else None
     if log_prob is None and bounded is None:
         raise ValueError(f"{type(model).__name__} has neither log_prob nor an ELBO: there is no likelihood to evaluate")
@@ -104,10 +107,10 @@ def evaluate(
     try:
         for first in _progress(range(0, count, batch_size), "scoring", progress):
             x = split_batch(source.batch(torch.arange(first, min(first + batch_size, count))))[0].to(model.device)
+            key = random.key(seed, stream=random.Stream.EVALUATE, sample=first, device=model.device)
             if log_prob is not None:
-                columns.setdefault("log_prob_nats", []).append(log_prob(x))
+                columns.setdefault("log_prob_nats", []).append(log_prob(x, key=key) if draws else log_prob(x))
             if bounded is not None:
-                key = random.key(seed, stream=random.Stream.EVALUATE, sample=first, device=model.device)
                 columns.setdefault("elbo_nats", []).append(elbo(bounded, x, key=key))
                 weighted = iw_bound(bounded, x, importance_samples, key=random.at(key, step=1))
                 columns.setdefault("iw_bound_nats", []).append(weighted)
