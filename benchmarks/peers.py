@@ -205,8 +205,9 @@ def _zuko_spline(bound: float, inverse: bool) -> Callable[..., tuple[Tensor, Ten
 def _nflows_spline(bound: float, inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     from nflows.transforms.splines.rational_quadratic import unconstrained_rational_quadratic_spline
 
-    def spline(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_det = unconstrained_rational_quadratic_spline(*arguments, inverse=inverse, tails="linear", tail_bound=bound)
+    def spline(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
+        parameters = (widths, heights, derivatives)
+        y, log_det = unconstrained_rational_quadratic_spline(x, *parameters, inverse, tails="linear", tail_bound=bound)
         return y, log_det.flatten(1).sum(1)
 
     return spline
@@ -230,7 +231,8 @@ def _spline(name: str, make: Callable[[float, bool], Callable[..., tuple[Tensor,
         wide = {n: inputs[n].double() for n in _SPLINE}
         expected = rq_spline_reference(**wide, bound=bound, inverse=inverse, convention=convention)
         # with gradients where they are timed, or a compiler would work twice
-        got = make(bound, inverse)(*(inputs[n].clone().requires_grad_(torch.is_grad_enabled()) for n in _SPLINE))
+        leaves = {n: inputs[n].clone().requires_grad_(torch.is_grad_enabled()) for n in _SPLINE}
+        got = make(bound, inverse)(**leaves)
         for output, mine, theirs in zip(("y", "log_det"), got, expected, strict=True):
             if not torch.allclose(mine.double(), theirs, rtol=1e-3, atol=1e-3):
                 raise ParityError(f"{output} differs from the reference in the convention of {convention}")
