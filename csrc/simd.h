@@ -246,6 +246,20 @@ INLINE int64_t sum(vi a) {
 #endif
 }
 
+#ifdef FASTGEN_ONE_LANE
+INLINE bool any(bool chosen) { return chosen; }
+#else
+INLINE bool any(vi chosen) {  // whether a comparison of vf holds in some lane
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)chosen) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)chosen) != 0;
+#else
+  return vmaxvq_u32((uint32x4_t)chosen) != 0;
+#endif
+}
+#endif
+
 INLINE float minimum(vf a) {  // of the lanes; none may be NaN
 #ifdef FASTGEN_ONE_LANE
   return a;

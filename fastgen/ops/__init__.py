@@ -9,6 +9,7 @@ from fastgen.ops.diffusion_loss import diffusion_loss
 from fastgen.ops.dynamic_threshold import dynamic_threshold
 from fastgen.ops.lu_linear import lu_linear
 from fastgen.ops.moments import Moments, merge_moments, moments
+from fastgen.ops.nearest_code import CodeStatistics, NearestCode, nearest_code
 from fastgen.ops.normal import normal
 from fastgen.ops.reparameterize import Reparameterized, reparameterize
 from fastgen.ops.rq_spline import Splined, rq_spline
@@ -24,11 +25,13 @@ from fastgen.ops.trace_sqrt_product import (
 from fastgen.ops.uniform import uniform
 
 __all__ = [
+    "CodeStatistics",
     "Coupled",
     "CovarianceFactor",
     "Denoised",
     "Diffused",
     "Moments",
+    "NearestCode",
     "OpSpec",
     "Polar",
     "Reparameterized",
@@ -46,6 +49,7 @@ __all__ = [
     "lu_linear",
     "merge_moments",
     "moments",
+    "nearest_code",
     "normal",
     "polar",
     "reparameterize",

@@ -132,7 +132,7 @@ def test_matches_reference(spec, backend, folder):
         fast = flags.get("math") == "fast"
         with running(backend, folder):
             results, grads, weights = with_gradients(spec.function, inputs, spec.gradients, spec.outputs_of, seed)
-        for name, precision in spec.outputs.items():
+        for name, precision in spec.precisions(len(results)).items():
             assert error(results[name], expected[name], "fast" if fast and precision == "exact" else precision) <= 1, name
         if not grads:
             return
@@ -157,7 +157,8 @@ def test_reference_gradient_is_right(spec):
     names = [n for n in spec.gradients if wide.get(n) is not None]
 
     def function(*leaves):
-        return tuple(spec.outputs_of(spec.reference(**{**wide, **dict(zip(names, leaves, strict=True))})).values())
+        outputs = spec.outputs_of(spec.reference(**{**wide, **dict(zip(names, leaves, strict=True))}))
+        return tuple(o for o in outputs.values() if o.is_floating_point())
 
     assert torch.autograd.gradcheck(function, [wide[n].requires_grad_() for n in names])
 
