@@ -14,11 +14,20 @@ import torch
 from torch import Tensor
 
 from fastgen import random
-from fastgen.ops import OpSpec, all_specs, diffuse, diffusion_loss
+from fastgen.ops import OpSpec, all_specs, diffuse, diffusion_loss, nearest_code
 from fastgen.ops.diffuse import diffuse_reference
 from fastgen.ops.diffusion_loss import diffusion_loss_reference
+from fastgen.ops.nearest_code import CodeStatistics, nearest_code_reference
 
-__all__ = ["Composite", "composites", "diffusion_objective", "diffusion_objective_reference", "measured"]
+__all__ = [
+    "Composite",
+    "codebook_step",
+    "codebook_step_reference",
+    "composites",
+    "diffusion_objective",
+    "diffusion_objective_reference",
+    "measured",
+]
 
 _composites: dict[str, OpSpec] = {}
 
@@ -97,4 +106,77 @@ Composite(
     bytes_moved=_objective_bytes,
     samplewise=False,
     needs_key=True,
+)
+
+
+def codebook_step(
+    z: Tensor, codebook: Tensor, counts: Tensor, sums: Tensor, *, decay: float, eps: float, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A training step of a codebook that learns by moving averages: assign, look up, average, renew the codes.
+
+    Args:
+        z: vectors [N, D].
+        codebook: [K, D].
+        counts, sums: moving averages of the vectors that chose each code, [K], and of their sums, [K, D].
+        decay: of the averages.
+        eps: of the Laplace smoothing of the counts.
+
+    Returns:
+        (index [N], the chosen codes [N, D], counts, sums, codebook), the last three renewed.
+    """
+    found = nearest_code(z, codebook, statistics=True, backend=backend)
+    return found.index, codebook[found.index], *_renewed(found.counts, found.sums, counts, sums, decay, eps)
+
+
+def codebook_step_reference(
+    z: Tensor, codebook: Tensor, counts: Tensor, sums: Tensor, *, decay: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`codebook_step` in plain PyTorch."""
+    found = nearest_code_reference(z, codebook, statistics=True)
+    assert isinstance(found, CodeStatistics)
+    return found.index, codebook[found.index], *_renewed(found.counts, found.sums, counts, sums, decay, eps)
+
+
+def _renewed(
+    chosen: Tensor, total: Tensor, counts: Tensor, sums: Tensor, decay: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    counts = counts.lerp(chosen.to(counts.dtype), 1 - decay)
+    sums = sums.lerp(total, 1 - decay)
+    everything = counts.sum()
+    smoothed = (counts + eps) * (everything / (everything + len(counts) * eps))
+    return counts, sums, sums / smoothed[:, None]
+
+
+def _codebook_inputs(
+    rows: int,
+    event: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    generator: torch.Generator | None = None,
+) -> dict[str, Any]:
+    z, codebook = (torch.randn(rows, *event, generator=generator).to(device, dtype) for _ in range(2))
+    counts = torch.ones(rows, device=device)
+    return {"z": z, "codebook": codebook, "counts": counts, "sums": codebook.clone(), "decay": 0.8, "eps": 1e-5}
+
+
+def _codebook_bytes(inputs: dict[str, Any], mode: str) -> int:
+    # z, codebook, counts, sums -> indices, chosen codes, counts, sums, codebook
+    return (
+        2 * sum(inputs[name].nbytes for name in ("z", "counts", "sums")) + 2 * inputs["codebook"].nbytes + 8 * len(inputs["z"])
+    )
+
+
+Composite(
+    name="codebook_step",
+    function=codebook_step,
+    reference=codebook_step_reference,
+    outputs={"index": "exact", "codes": "exact", "counts": "elementwise", "sums": "reduction", "codebook": "reduction"},
+    gradients=(),
+    example_inputs=_codebook_inputs,
+    event_ranks=(1,),
+    shapes=((8192, (32,)),),
+    bytes_moved=_codebook_bytes,
+    operations=lambda inputs, mode: 2 * inputs["z"].numel() * len(inputs["codebook"]),
+    samplewise=False,
 )

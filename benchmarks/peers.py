@@ -240,6 +240,42 @@ def _spline(name: str, make: Callable[[float, bool], Callable[..., tuple[Tensor,
     return Peer(name, build, check)
 
 
+def _vq_codebook(inputs: dict[str, Any]) -> Any:
+    """The codebook of vector-quantize-pytorch in the state of the inputs; it renews itself in place."""
+    from vector_quantize_pytorch import VectorQuantize
+
+    codes, width = inputs["codebook"].shape
+    book = VectorQuantize(
+        width, codes, decay=inputs["decay"], eps=inputs["eps"], threshold_ema_dead_code=0, rotation_trick=False
+    )._codebook.train()
+    for name, value in (("embed", "codebook"), ("embed_avg", "sums"), ("cluster_size", "counts")):
+        getattr(book, name).copy_(inputs[value][None])
+    return book.to(inputs["z"].device)
+
+
+def _vq_step(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
+    book, z = _vq_codebook(inputs), inputs["z"][None]
+    return lambda: book(z)
+
+
+def _check_vq_step(inputs: dict[str, Any]) -> None:
+    """On vectors close to a code each, so that rounding cannot choose another."""
+    from benchmarks.composites import codebook_step_reference
+
+    codebook = inputs["codebook"]
+    generator = torch.Generator().manual_seed(3)
+    own = torch.randint(len(codebook), (len(inputs["z"]),), generator=generator)
+    z = codebook[own] + 0.01 * torch.randn(inputs["z"].shape, generator=generator).to(codebook)
+    given = {**inputs, "z": z}
+    book = _vq_codebook(given)
+    codes, index, _ = book(z[None])
+    got = (index[0], codes[0], book.cluster_size[0], book.embed_avg[0], book.embed[0])
+    names = ("index", "codes", "counts", "sums", "codebook")
+    for name, mine, theirs in zip(names, got, codebook_step_reference(**given), strict=True):
+        if mine.shape != theirs.shape or not torch.allclose(mine.double(), theirs.double(), rtol=1e-3, atol=1e-4):
+            raise ParityError(f"{name} differs from the reference")
+
+
 PEERS: dict[str, list[Peer]] = {
     **diffusion_peers.PEERS,
     "affine_coupling": [
@@ -247,6 +283,7 @@ PEERS: dict[str, list[Peer]] = {
         Peer("torch.compile of it", _coupling(_compiled_coupling)),
     ],
     "lu_linear": [Peer("eager PyTorch", _lu_linear)],
+    "codebook_step": [Peer("vector-quantize-pytorch", _vq_step, _check_vq_step, modes=("fwd",))],
     "dynamic_threshold": [Peer("torch.quantile, clamp, divide", _torch_quantile, modes=("fwd",))],
     "rq_spline": [
         _spline("zuko", _zuko_spline, "zuko"),
