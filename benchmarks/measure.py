@@ -20,7 +20,7 @@ Call = Callable[[], Any]
 
 _SHORT = 50e-6
 _LOOP = 1e-3
-_LONG, _LONG_ROUNDS = 2.0, 2
+_LONG_ROUNDS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,7 @@ def time_rounds(
     device: str = "cpu",
     seed: int = 0,
     known: Mapping[str, float] | None = None,
+    patience: float = 2.0,
 ) -> dict[str, Timing]:
     """Time every provider once a round, in an order drawn anew each round, until ``seconds`` have passed.
 
@@ -85,7 +86,7 @@ def time_rounds(
     a GPU) is a loop of at least 1 ms over its input sets; otherwise it is one call, on the next input set. Every provider sees
     the same input set in the same round. Garbage collection waits meanwhile.
 
-    A call of more than 2 s takes part in the first two rounds alone. ``known`` holds the seconds of calls that have run
+    A call of more than ``patience`` seconds takes part in the first two rounds alone. ``known`` holds the seconds of calls that have run
     before, which saves running them once more to find out.
     """
     rng = random.Random(seed)
@@ -95,7 +96,7 @@ def time_rounds(
         if once < 0.1:  # a slow provider is not run again for an estimate
             once = min(_run(calls, device) for _ in range(2))
         inner[name] = max(1, math.ceil(_LOOP / max(once, 1e-7))) if once < _SHORT or device == "cuda" else 1
-        allowed[name] = _LONG_ROUNDS if once > _LONG else math.inf
+        allowed[name] = _LONG_ROUNDS if once > patience else math.inf
     loops = {name: itertools.cycle(calls) for name, calls in providers.items()}
     times: dict[str, list[float]] = {name: [] for name in providers}
     order = list(providers)

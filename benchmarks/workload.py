@@ -138,5 +138,5 @@ def sweep(
         for rows, event in sorted(measured()[op].shapes, key=lambda shape: shape[0] * math.prod(shape[1]))
         for mode in modes
     ]
-    found += [w for w in extra if w not in found and w.op in ops and w.mode in modes]
+    found += [w for w in dict.fromkeys(extra) if w not in found and w.op in ops and w.mode in modes]
     return [w for w in found if w.has_mode() and (not size or size in w.shape or size == w.size)]
