@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.models.case import Case, Goal, Side
-from benchmarks.parity import ParityError
-from fastgen import random
+from benchmarks.models.common import difference, training_step
+from fastgen import ops, random
 from fastgen.diffusion.ddpm import DDPM, DDPMConfig
 from fastgen.diffusion.loop import run
 from fastgen.diffusion.samplers import make_sampler
@@ -76,20 +76,6 @@ def _start(n: int, config: Mapping[str, Any]) -> Tensor:
     return torch.randn(n, *_event(config), generator=torch.Generator().manual_seed(1))
 
 
-def _difference(got: Tensor, expected: Tensor, bound: float) -> float:
-    """Relative difference in the 2-norm.
-
-    Raises:
-        ParityError: above ``bound``, or for another shape.
-    """
-    if got.shape != expected.shape:
-        raise ParityError(f"shape {list(got.shape)}, expected {list(expected.shape)}")
-    off = float((got.double() - expected.double()).norm() / expected.double().norm())
-    if not off <= bound:
-        raise ParityError(f"results differ by {off:.2g} of their norm, more than {bound:g}")
-    return off
-
-
 _SAME = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2}
 """How far a network in a storage type may be from diffusers in float32."""
 
@@ -110,7 +96,7 @@ def _evaluation(tiny: bool) -> dict[str, Callable[[], Side]]:
         def call() -> Tensor:
             return network(x, t)
 
-        return Side(call, lambda: _difference(call(), theirs().call(), _SAME[dtype]))
+        return Side(call, lambda: difference(call(), theirs().call(), _SAME[dtype]))
 
     def theirs() -> Side:
         network = _theirs(config)
@@ -178,7 +164,7 @@ def _sampling(kind: str, config: Mapping[str, Any], n: int, steps: int, tiny: bo
                 return torch.zeros_like(x) if last else torch.randn(x.shape, generator=generator)
 
             x = run(model.network, x, table, random.key(0), clamp=clamp, noise=noise)
-            return _difference(model.decode_range(x), images(pipeline(), 5), 10 * _SAME[dtype])
+            return difference(model.decode_range(x), images(pipeline(), 5), 10 * _SAME[dtype])
 
         return Side(lambda: model.sample(n, key=random.key(7), **options), check)
 
@@ -212,8 +198,6 @@ def _loop(shape: tuple[int, ...], tiny: bool) -> dict[str, Callable[[], Side]]:
             return model.decode_range(run(lambda x, t: out, x, table, random.key(7), clamp=1.0, noise=noise))
 
         def call() -> Tensor:
-            from fastgen import ops
-
             return sample(ops.normal(shape, random.key(3)), model.table(plan))
 
         def check() -> float:
@@ -223,7 +207,7 @@ def _loop(shape: tuple[int, ...], tiny: bool) -> dict[str, Callable[[], Side]]:
             def noise(step: int) -> Tensor:
                 return torch.zeros_like(x) if step == steps - 1 else torch.randn(shape, generator=generator)
 
-            return _difference(sample(x, model.table(plan), noise), upstream(5), _SAME[torch.float32])
+            return difference(sample(x, model.table(plan), noise), upstream(5), _SAME[torch.float32])
 
         return Side(call, check)
 
@@ -254,23 +238,15 @@ def _training(tiny: bool) -> dict[str, Callable[[], Side]]:
     t = torch.randint(0, 1000, (n,), generator=torch.Generator().manual_seed(2))
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
 
-    def step(parameters: list[nn.Parameter], loss: Callable[[Tensor | None], Tensor]) -> tuple[Any, Any]:
+    def prepared(parameters: list[nn.Parameter], loss: Callable[[Tensor | None], Tensor]) -> tuple[Any, Any]:
         """A training step; and the loss with the norm of its gradient on given noise."""
-        optimizer = torch.optim.Adam(parameters, lr=1e-5)
-
-        def call() -> Tensor:
-            optimizer.zero_grad()
-            value = loss(None)
-            value.backward()
-            optimizer.step()
-            return value.detach()
 
         def signature() -> Tensor:
             value = loss(noise)
             grads = torch.autograd.grad(value, parameters)
             return torch.stack([value.detach(), torch.cat([g.flatten() for g in grads]).norm()])
 
-        return call, signature
+        return training_step(parameters, lambda: loss(None)), signature
 
     def make_ours() -> tuple[Any, Any]:
         model = _model(config, _ours(config).train())
@@ -280,7 +256,7 @@ def _training(tiny: bool) -> dict[str, Callable[[], Side]]:
             key = random.fresh_key(x.device)
             return model.denoising_loss(x, t.float(), rows, key, noise=noise).mean()
 
-        return step(list(model.network.parameters()), loss)
+        return prepared(list(model.network.parameters()), loss)
 
     def make_theirs() -> tuple[Any, Any]:
         from diffusers import DDPMScheduler
@@ -291,11 +267,11 @@ def _training(tiny: bool) -> dict[str, Callable[[], Side]]:
             eps = torch.randn_like(x) if noise is None else noise
             return F.mse_loss(network(scheduler.add_noise(x, eps, t), t).sample, eps)
 
-        return step(list(network.parameters()), loss)
+        return prepared(list(network.parameters()), loss)
 
     def ours() -> Side:
         call, signature = make_ours()
-        return Side(call, lambda: _difference(make_ours()[1](), make_theirs()[1](), 1e-3))
+        return Side(call, lambda: difference(make_ours()[1](), make_theirs()[1](), 1e-3))
 
     return {_FLOAT32: ours, _DIFFUSERS: lambda: Side(make_theirs()[0])}
 
