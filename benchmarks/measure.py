@@ -86,8 +86,8 @@ def time_rounds(
     a GPU) is a loop of at least 1 ms over its input sets; otherwise it is one call, on the next input set. Every provider sees
     the same input set in the same round. Garbage collection waits meanwhile.
 
-    A call of more than ``patience`` seconds takes part in the first two rounds alone. ``known`` holds the seconds of calls that have run
-    before, which saves running them once more to find out.
+    A call of more than ``patience`` seconds takes part in the first two rounds alone. ``known`` holds the seconds of calls that
+    have run before, which saves running them once more to find out.
     """
     rng = random.Random(seed)
     inner, allowed = {}, {}

@@ -270,8 +270,7 @@ def _training(tiny: bool) -> dict[str, Callable[[], Side]]:
         return prepared(list(network.parameters()), loss)
 
     def ours() -> Side:
-        call, signature = make_ours()
-        return Side(call, lambda: difference(make_ours()[1](), make_theirs()[1](), 1e-3))
+        return Side(make_ours()[0], lambda: difference(make_ours()[1](), make_theirs()[1](), 1e-3))
 
     return {_FLOAT32: ours, _DIFFUSERS: lambda: Side(make_theirs()[0])}
 

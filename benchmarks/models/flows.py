@@ -158,7 +158,7 @@ class _Spline:
         return _PeerFlow(
             flow,
             lambda x: flow().log_prob(x),
-            lambda z: flow().transform.inv(z),
+            flow().transform.inv,
             lambda n: flow().sample((n,)),
             self._with_weights([layer.hyper for layer in layers], "zuko", scaled=False),
         )
@@ -278,9 +278,7 @@ class _Affine:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             options: dict[str, Any] = {"bound": bound, "memory": memory}
-            return RealNVP(
-                RealNVPConfig(event_shape=(self.features,), layers=self.layers, hidden=self.hidden, **options)
-            )
+            return RealNVP(RealNVPConfig(event_shape=(self.features,), layers=self.layers, hidden=self.hidden, **options))
 
     def normflows(self) -> _PeerFlow:
         """Log-scales as they are: its ``scale_map="exp"``. Its data are our noise."""
@@ -360,9 +358,7 @@ class _Glow:
             torch.manual_seed(0)
             options: dict[str, Any] = {"memory": memory, "bound": "sigmoid", "learned_prior": False, "grey_levels": 0}
             return Glow(
-                GlowConfig(
-                    event_shape=self.shape, levels=self.levels, steps=self.steps, channels=self.channels, **options
-                )
+                GlowConfig(event_shape=self.shape, levels=self.levels, steps=self.steps, channels=self.channels, **options)
             )
 
     def normflows(self, x: Tensor) -> _PeerFlow:
@@ -395,7 +391,7 @@ class _Glow:
         ours, (channels, _, _) = self.ours(), self.shape
         for level in range(self.levels):
             blocks = [b for b in reversed(flow.flows[self.levels - 1 - level]) if hasattr(b, "flows")]
-            own = [m for m in cast("nn.Sequential", _levels(ours)[level]).modules() if type(m) in _GLOW_PARTS]
+            own: list[Any] = [m for m in _levels(ours)[level].modules() if type(m) in _GLOW_PARTS]
             # after the squeeze ours has the channels of the checkerboard's colours together, theirs by channel
             size = channels * 2**level
             of_ours = torch.arange(size)[None] * 4 + torch.tensor([0, 3, 1, 2])[:, None]
@@ -430,7 +426,7 @@ _GLOW_PARTS = (ActNorm, LULinear, AffineCoupling)
 
 def _levels(flow: Glow) -> Any:
     """The levels of a Glow: the last transform, after the one that centres pixels."""
-    return list(flow.transform)[-1]
+    return cast("Any", flow.transform)[-1]
 
 
 def _glow_training(tiny: bool) -> dict[str, Callable[[], Side]]:

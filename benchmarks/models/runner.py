@@ -104,9 +104,7 @@ def _peak_in_child(case: Case, name: str, tiny: bool) -> int | None:
     # large blocks go back to the system when they are freed, so that the resident set is what is alive
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "benchmarks.models", "--peak", case.name, name, "--threads", str(torch.get_num_threads())]
-    done = subprocess.run(
-        command + ["--tiny"] * tiny, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command + ["--tiny"] * tiny, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"]) if done.returncode == 0 else None
 
 
