@@ -93,6 +93,7 @@ FIGURES = (
     Figure(
         "trace_sqrt_product 2048, float64", "trace_sqrt_product", 1, (2048,), ("scipy sqrtm",), 20, 15, dtype="float64"
     ),
+    Figure("nearest_code 16384x64, 1024 codes", "nearest_code", 16384, (64,), ("torch.cdist + argmin",), 5, 4),
     Figure("codebook step 8192x32, 8192 codes", "codebook_step", 8192, (32,), ("vector-quantize-pytorch",), 25, 10),
     Figure(
         "moments 8192x2048, added to a state", "moments", 8192, (2048,), ("torchmetrics' update, float64",), 3, 1.8,

@@ -276,6 +276,23 @@ def _check_vq_step(inputs: dict[str, Any]) -> None:
             raise ParityError(f"{name} differs from the reference")
 
 
+def _cdist_argmin(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
+    """The index alone, through the matrix of all distances."""
+    z, codebook = inputs["z"], inputs["codebook"]
+    return lambda: torch.cdist(z, codebook).argmin(1)
+
+
+def _check_choice(index: Tensor, inputs: dict[str, Any]) -> None:
+    """Near ties may fall either way: it is the distance of the chosen code that must be the least."""
+    from fastgen.ops.nearest_code import nearest_code_reference
+
+    chosen = (inputs["z"].double() - inputs["codebook"].double()[index]).square().sum(1)
+    if not torch.allclose(
+        chosen, nearest_code_reference(inputs["z"].double(), inputs["codebook"].double()).distance, rtol=1e-3
+    ):
+        raise ParityError("some codes are not the nearest")
+
+
 PEERS: dict[str, list[Peer]] = {
     **diffusion_peers.PEERS,
     "affine_coupling": [
@@ -296,6 +313,15 @@ PEERS: dict[str, list[Peer]] = {
     "trace_sqrt_product": [
         Peer("torchmetrics' way, eigvals", _torchmetrics_trace, modes=("fwd",), slow=True),
         Peer("scipy sqrtm", _scipy_trace, modes=("fwd",), slow=True),
+    ],
+    "nearest_code": [
+        Peer(
+            "torch.cdist + argmin",
+            _cdist_argmin,
+            lambda inputs: _check_choice(_cdist_argmin(inputs, "fwd")(), inputs),
+            when=lambda flags: not flags.get("statistics"),
+            modes=("fwd",),
+        ),
     ],
     "normal": [
         Peer("torch.randn", _torch_randn, _check_randn),

@@ -14,6 +14,7 @@ from fastgen.kernels._static import TYPES, StaticCase
 ROWS, CODES, DEPTH = (256, 128, 64) if INTERPRET else (64, 64, 32)
 """A tile of scores, and how much of the vectors it multiplies at a time."""
 OPTIONS = {"enable_fp_fusion": True, "num_warps": 4}
+EXACT_OPTIONS = {"enable_fp_fusion": False, "num_warps": 2}
 
 
 @triton.jit
@@ -182,7 +183,7 @@ def nearest_code_fwd(rows, codes, width, z, codebook, index, distance, counts, s
             ROWS=ROWS, CODES=CODES, DEPTH=DEPTH, **OPTIONS,
         )  # fmt: skip
         nearest_code_exact_kernel[(rows,)](
-            z, codebook, still_open, index, distance, codes, width, CODES=CODES, DEPTH=DEPTH, num_warps=2
+            z, codebook, still_open, index, distance, codes, width, CODES=CODES, DEPTH=DEPTH, **EXACT_OPTIONS
         )
     if counts is not None:
         key = torch.where(distance.isfinite(), index, codes).flatten()
@@ -193,27 +194,50 @@ def nearest_code_fwd(rows, codes, width, z, codebook, index, distance, counts, s
 def nearest_code_bwd(rows, codes, width, z, codebook, index, grad_distance, grad_z, grad_codebook):
     if grad_z is not None and z.numel():
         grid = (triton.cdiv(rows, ROWS) * triton.cdiv(width, DEPTH),)
-        nearest_code_bwd_kernel[grid](
-            z, codebook, index, grad_distance, grad_z, rows, width, ROWS=ROWS, DEPTH=DEPTH, **OPTIONS
-        )
+        nearest_code_bwd_kernel[grid](z, codebook, index, grad_distance, grad_z, rows, width, ROWS=ROWS, DEPTH=DEPTH, **OPTIONS)
     if grad_codebook is not None:
         _sum_by_code(codes, width, index.flatten(), z, grad_codebook, codebook, grad_distance)
 
 
 def static_cases():
-    cases, width, codes = [], 64, 1024
-    trips, blocks = width // DEPTH, codes // CODES
+    cases, width, codes, members = [], 64, 1024, 128
+    lines, blocks = width // DEPTH, codes // CODES
     for dtype, type_ in TYPES.items():
         data, size, wide = f"*{type_}", 4 if dtype == "float32" else 2, dtype == "float32"
         inputs, what = {"p_z": data, "p_codebook": data}, f"{dtype} {width} wide"
-        rows = {"rows": "i32", "width": "i32"}
-        members = {"p_row": "*i64", "p_begin": "*i64"}
+        sizes, depth = {"codes": "i32", "width": "i32"}, {"DEPTH": DEPTH}
+        both = (ROWS + CODES) * DEPTH * size
         cases += [
             StaticCase(
-                nearest_code_bwd_kernel, what,
-                {**inputs, "p_index": "*i64", "p_grad_distance": "*fp32", "p_grad_z": data, **rows},
-                {"ROWS": ROWS, "DEPTH": DEPTH}, OPTIONS, elements=ROWS * DEPTH, bytes_per_element=3 * size + 12 / DEPTH,
+                nearest_code_fwd_kernel, what,
+                {**inputs, "p_centre": "*fp32", "p_half_square": "*fp32", "p_radius": "*fp32", "p_index": "*i64",
+                 "p_open": "*i32", "rows": "i32", **sizes},
+                {"ROWS": ROWS, "CODES": CODES, **depth}, OPTIONS, elements=ROWS * CODES * blocks, trips=blocks * lines,
+                # the operands of each product, the rows once more for their lengths; the report does not see what is copied
+                # asynchronously
+                bytes_per_element=(
+                    blocks * lines * (both + 4 * DEPTH) + 4 * codes + lines * DEPTH * (ROWS * size + 4) + 12 * ROWS + 4
+                )
+                / (ROWS * CODES * blocks),
                 wide=wide,
+            ),
+            StaticCase(
+                nearest_code_exact_kernel, what,
+                {**inputs, "p_open": "*i32", "p_index": "*i64", "p_distance": "*fp32", **sizes},
+                {"CODES": CODES, **depth}, EXACT_OPTIONS, elements=CODES * DEPTH * blocks * lines, trips=blocks * lines,
+                bytes_per_element=(blocks * lines * (CODES + 3) * DEPTH * size + 24) / (CODES * DEPTH * blocks * lines),
+                wide=wide,
+            ),
+            StaticCase(
+                nearest_code_sum_kernel, what,
+                {**inputs, "p_grad_distance": "*fp32", "p_row": "*i64", "p_begin": "*i64", "p_out": data, "width": "i32"},
+                {"GRADIENT": True, "ROWS": CODES, **depth}, OPTIONS, elements=members * DEPTH, trips=members // CODES,
+                bytes_per_element=(members * (DEPTH * size + 12) + 2 * DEPTH * size + 16) / (members * DEPTH), wide=wide,
+            ),
+            StaticCase(
+                nearest_code_bwd_kernel, what,
+                {**inputs, "p_index": "*i64", "p_grad_distance": "*fp32", "p_grad_z": data, "rows": "i32", "width": "i32"},
+                {"ROWS": ROWS, **depth}, OPTIONS, elements=ROWS * DEPTH, bytes_per_element=3 * size + 12 / DEPTH, wide=wide,
             ),
         ]  # fmt: skip
     return cases

@@ -136,17 +136,18 @@ INLINE vf largest(const vf (&total)[CODES][V], int v) {
 // What is known of the rows of a tile.
 struct RowTile {
   int64_t capacity;
-  float *packed, *best, *limit, *slack;  // packed: [strip][width][STRIP]; limit = best - slack
+  float *memory, *packed, *best, *limit, *slack;  // packed: [strip][width][STRIP], aligned; limit = best - slack
   int32_t *index, *near;                 // near: another code's score came within the slack
 
   RowTile(int64_t strips, int64_t width) : capacity(strips * STRIP) {
-    packed = new float[capacity * (width + 3)];  // three lines more, since lines are written by fours
+    memory = new float[capacity * (width + 3) + 16];  // three lines more, since lines are written by fours
+    packed = (float*)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
     best = new float[3 * capacity], limit = best + capacity, slack = limit + capacity;
     index = new int32_t[2 * capacity], near = index + capacity;
   }
   RowTile(const RowTile&) = delete;
   ~RowTile() {
-    delete[] packed;
+    delete[] memory;
     delete[] best;
     delete[] index;
   }

@@ -7,15 +7,16 @@ Gradients flow through ``distance`` to ``z`` and ``codebook``, the choice itself
 
     dz = 2 ddistance (z - c_index),    dc_k = sum of 2 ddistance (c_k - z) over the vectors that chose code k
 
-The index is exact: that of the smallest distance in float64, the lowest where several are equal, whatever backend or instruction
-set. Scores z.c - |c|^2 / 2 in float32, both centred at the mean code so that a common offset cancels nothing, say which codes can
-be nearest at all, by a bound on their rounding; where that leaves more than one, those are measured in float64. ``distance`` is the
-float64 value, rounded once. Sums over vectors are taken in float64 and in order: nothing depends on the number of threads.
+The index is exact: that of the smallest distance in float64, the lowest where several are equal, whatever the backend or
+instruction set. Scores z.c - |c|^2 / 2 in float32, both centred at the mean code so that a common offset cancels nothing, say
+which codes can be nearest at all, by a bound on their rounding; where that leaves more than one, those are measured in float64.
+``distance`` is the float64 value, rounded once. Sums over vectors are taken in float64 and in order: nothing depends on the
+number of threads.
 
 A vector that holds a NaN or an infinity has the index 0 and a distance that is not finite; it counts in no statistics. A code
 that does is not chosen, unless there is no other.
 
-Source: van den Oord, Vinyals and Kavukcuoglu (2017), "Neural discrete representation learning", equations 1, 2 and appendix A.1.
+Source: van den Oord, Vinyals and Kavukcuoglu (2017), "Neural discrete representation learning", eq. 1, 2 and appendix A.1.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.ops import _dispatch, _native
 from fastgen.ops._spec import OpSpec
@@ -163,22 +163,19 @@ class _NearestCode(torch.autograd.Function):
     """Saves the inputs and the choice."""
 
     @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, codebook: Tensor, statistics: bool, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, z: Tensor, codebook: Tensor, statistics: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         index, distance, counts, sums = _find(z, codebook, statistics, backend)
         ctx.mark_non_differentiable(index, counts, sums)
+        ctx.set_materialize_grads(False)  # of those there are none
         ctx.save_for_backward(z, codebook, index)
         ctx.backend = backend
         return index, distance, counts, sums
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, _: Any, grad_distance: Tensor, *__: Any) -> tuple[Tensor | None, ...]:
         by_z, by_codebook = ctx.needs_input_grad[:2]
-        grad_z, grad_codebook = _differentiate(
-            *ctx.saved_tensors, grad_distance.contiguous(), by_z, by_codebook, ctx.backend
-        )
+        grad_z, grad_codebook = _differentiate(*ctx.saved_tensors, grad_distance.contiguous(), by_z, by_codebook, ctx.backend)
         return grad_z if by_z else None, grad_codebook if by_codebook else None, None, None
 
 
@@ -194,15 +191,15 @@ def nearest_code(
     """Find the nearest code for each vector: the row of the codebook at the smallest squared Euclidean distance.
 
     Args:
-        z: [..., D], floating point, vectors in the last dimension: [N, D], [N, T, D], or images as [N, H, W, C]. bfloat16 beside
-            a float32 codebook is widened. float64 is served by the reference.
+        z: [..., D], floating point, vectors in the last dimension: [N, D], [N, T, D], or images as [N, H, W, C]. bfloat16
+            beside a float32 codebook is widened. float64 is served by the reference.
         codebook: [K, D], one code a row, K at least 1.
         statistics: also count and sum the vectors of each code; constants for autograd.
         backend: None, "reference", "cpp" or "triton".
 
     Returns:
-        ``(index, distance)``, both [...]: int64, and float32 (float64 for float64). With ``statistics`` also ``(counts, sums)``:
-        int64 [K] and float32 [K, D]. Memory beside the results is a few codebooks, never [..., K].
+        ``(index, distance)``, both [...]: int64, and float32 (float64 for float64). With ``statistics`` also
+        ``(counts, sums)``: int64 [K] and float32 [K, D]. Memory beside the results is a few codebooks, never [..., K].
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type, shape or device.
@@ -245,11 +242,15 @@ def _example_inputs(
 
 
 def _bytes_moved(inputs: dict[str, Any], mode: str) -> int:
-    # forward: z, codebook -> index, distance; backward: z, codebook, index, ddistance -> two gradients. Bound by arithmetic,
-    # 2 N K D operations
+    # forward: z, codebook -> index, distance; backward: z, codebook, index, ddistance -> two gradients
     z, codebook = inputs["z"], inputs["codebook"]
     rows, moved = z.numel() // max(1, z.shape[-1]), z.nbytes + codebook.nbytes
     return moved + 12 * rows + (0 if mode == "fwd" else 2 * moved + 12 * rows)
+
+
+def _operations(inputs: dict[str, Any], mode: str) -> int:
+    # the scores of all codes; gradients are a few per element
+    return 2 * inputs["z"].numel() * len(inputs["codebook"])
 
 
 SPEC = OpSpec(
@@ -265,5 +266,6 @@ SPEC = OpSpec(
     sizes=(0, 1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 64, 65, 127, 300),
     shapes=((256, (16,)), (2048, (32,)), (16384, (64,))),
     bytes_moved=_bytes_moved,
+    operations=_operations,
     gradient_precision="reduction",
 )
