@@ -235,6 +235,14 @@ def _training_side(make: Callable[[], _PeerFlow], x: Tensor) -> Callable[[], Sid
     return side
 
 
+def _sampling_side(make: Callable[[], _PeerFlow], n: int, z: Tensor) -> Callable[[], Side]:
+    def side() -> Side:
+        peer = make()
+        return Side(torch.no_grad()(lambda: peer.sample(n)), lambda: peer.check_sample(z))
+
+    return side
+
+
 def _spline_training(tiny: bool) -> dict[str, Callable[[], Side]]:
     spline, n = (_Spline(4, 2, (8, 8)), 8) if tiny else (_Spline(32, 8, (128, 128)), 4096)
     x = _data(n, spline.features)
@@ -255,15 +263,8 @@ def _spline_sampling(tiny: bool) -> dict[str, Callable[[], Side]]:
         flow = spline.ours()
         return Side(lambda: flow.sample(n))
 
-    def side(make: Callable[[], _PeerFlow]) -> Callable[[], Side]:
-        def build() -> Side:
-            peer = make()
-            return Side(torch.no_grad()(lambda: peer.sample(n)), lambda: peer.check_sample(z))
-
-        return build
-
     peers = {_ZUKO: spline.zuko, _NFLOWS: spline.nflows, _NORMFLOWS: spline.normflows}
-    return {_OURS: ours, **{name: side(make) for name, make in peers.items()}}
+    return {_OURS: ours, **{name: _sampling_side(make, n, z) for name, make in peers.items()}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,6 +328,72 @@ class _Affine:
             return base.log_prob(z) + ladj
 
         return _PeerFlow(flow, log_prob, _unused, _unused, ours)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Autoregressive:
+    """Autoregressive neural spline flow in ours, zuko and nflows; layers alternate the order of the features."""
+
+    features: int
+    layers: int
+    hidden: tuple[int, ...]
+
+    def ours(self) -> NSF:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            sizes: dict[str, Any] = {"event_shape": (self.features,), "layers": self.layers, "hidden": self.hidden}
+            return NSF(NSFConfig(kind="autoregressive", bins=_BINS, bound=_BOUND, **sizes))
+
+    def zuko(self) -> _PeerFlow:
+        import zuko
+
+        from fastgen.interop.zuko import from_zuko
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            flow = zuko.flows.NSF(self.features, transforms=self.layers, bins=_BINS, hidden_features=self.hidden)
+
+        def sample(n: int) -> Tensor:
+            return flow().sample((n,))
+
+        return _PeerFlow(flow, lambda x: flow().log_prob(x), flow().transform.inv, sample, from_zuko(flow))
+
+    def nflows(self) -> _PeerFlow:
+        from nflows import transforms
+        from nflows.distributions.normal import StandardNormal
+        from nflows.flows import Flow as Composed
+
+        from fastgen.interop.nflows import from_nflows
+
+        layers: list[Any] = []
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for i in range(self.layers):
+                layers += [transforms.ReversePermutation(self.features)] if i else []
+                layers.append(
+                    transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+                        self.features,
+                        self.hidden[0],
+                        num_bins=_BINS,
+                        tails="linear",
+                        tail_bound=_BOUND,
+                        num_blocks=len(self.hidden) - 1,
+                        use_residual_blocks=False,
+                    )
+                )
+        flow = Composed(transforms.CompositeTransform(layers), StandardNormal([self.features]))
+        return _PeerFlow(flow, flow.log_prob, lambda z: flow._transform.inverse(z)[0], flow.sample, from_nflows(flow))
+
+
+def _autoregressive_sampling(tiny: bool) -> dict[str, Callable[[], Side]]:
+    sizes, n = (_Autoregressive(4, 2, (8, 8)), 8) if tiny else (_Autoregressive(64, 3, (64, 64)), 1024)
+    z = _data(min(n, 64), sizes.features)
+
+    def ours() -> Side:
+        flow = sizes.ours()
+        return Side(lambda: flow.sample(n))
+
+    return {_OURS: ours, **{name: _sampling_side(make, n, z) for name, make in ((_ZUKO, sizes.zuko), (_NFLOWS, sizes.nflows))}}
 
 
 def _unused(*_: Any) -> Any:
@@ -496,6 +563,14 @@ CASES = (
         _spline_sampling,
         (Goal(_OURS, _SPLINES, 5),),
         rounds=3,
+    ),
+    Case(
+        "nsf-autoregressive",
+        "autoregressive NSF, 3 layers, hidden 64-64, 64 features, 1,024 samples",
+        "all of them",
+        _autoregressive_sampling,
+        (Goal(_OURS, (_ZUKO, _NFLOWS), 8),),
+        rounds=2,
     ),
     Case(
         "realnvp-training",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastgen import ops
+from fastgen.flows.elementwise import Affine, Spline
 from fastgen.flows.transform import Bijection, gradients
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "SplineCoupling", "halves"]
@@ -92,9 +92,10 @@ class AffineCoupling(Coupling):
     ) -> None:
         super().__init__(conditioner, sizes, flip=flip)
         self.bound = bound
+        self.elementwise = Affine(bound)
 
     def couple(self, x: Tensor, parameters: tuple[Tensor, ...], *, inverse: bool) -> tuple[Tensor, Tensor]:
-        return ops.affine_coupling(x, *parameters, bound=self.bound, inverse=inverse)
+        return self.elementwise(x, parameters, inverse=inverse)
 
     def extra_repr(self) -> str:
         return f"bound={self.bound!r}"
@@ -121,13 +122,10 @@ class SplineCoupling(Coupling):
         self.bins = bins
         self.bound = bound
         self.convention = convention
+        self.elementwise = Spline(bins, bound, convention)
 
     def couple(self, x: Tensor, parameters: tuple[Tensor, ...], *, inverse: bool) -> tuple[Tensor, Tensor]:
-        shape = tuple(x.shape[1:])
-        widths, heights, derivatives = (
-            p.unflatten(1, (*shape, size)) for p, size in zip(parameters, (self.bins, self.bins, self.bins - 1), strict=True)
-        )
-        return ops.rq_spline(x, widths, heights, derivatives, bound=self.bound, inverse=inverse, convention=self.convention)
+        return self.elementwise(x, parameters, inverse=inverse)
 
     def extra_repr(self) -> str:
         return f"bins={self.bins}, bound={self.bound}, convention={self.convention!r}"

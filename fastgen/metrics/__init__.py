@@ -16,7 +16,17 @@ from fastgen.metrics.frechet import frechet_distance
 from fastgen.metrics.likelihood import LatentModel, bits_per_dim, elbo, has_elbo, iw_bound
 from fastgen.nn.model import Model, split_batch
 
-__all__ = ["UNITS", "LatentModel", "bits_per_dim", "elbo", "evaluate", "frechet_distance", "has_elbo", "iw_bound"]
+__all__ = [
+    "UNITS",
+    "LatentModel",
+    "bits_per_dim",
+    "elbo",
+    "evaluate",
+    "frechet_distance",
+    "has_elbo",
+    "iw_bound",
+    "open_scored",
+]
 
 UNITS = {
     "samples": ("held-out samples", ""),
@@ -29,8 +39,10 @@ UNITS = {
 """Label and unit of each number that :func:`evaluate` gives; ``NAME_stderr`` has the unit of NAME."""
 
 
-def _open(model_or_dir: Model | str | Path, data: Any, split: str, device: Any) -> tuple[Model, Source]:
-    """The model, and the data to score it on in the shape that it takes."""
+def open_scored(
+    model_or_dir: Model | str | Path, data: Any = None, split: str = "test", device: torch.device | str | None = None
+) -> tuple[Model, Source]:
+    """The model, and the data to score it on in the shape that it takes; arguments and errors are those of :func:`evaluate`."""
     from fastgen.training.batches import open_source
     from fastgen.training.run import RunDir, load
 
@@ -91,7 +103,7 @@ def evaluate(
     Raises:
         ValueError: no data, data of another shape, a model that has no likelihood.
     """
-    model, source = _open(model_or_dir, data, split, device)
+    model, source = open_scored(model_or_dir, data, split, device)
     log_prob = getattr(model, "log_prob", None)
     draws = log_prob is not None and "key" in inspect.signature(log_prob).parameters  # dequantisation noise
     bounded = model if has_elbo(model) else None

@@ -67,7 +67,7 @@ def test_gradients_are_finite_at_knots_and_ends(case, seed):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("case", ["nice", "realnvp", "nsf", "realnvp-image", "glow"])
+@pytest.mark.parametrize("case", ["nice", "realnvp", "nsf", "realnvp-image", "glow", "maf", "nsf-autoregressive", "planar", "radial"])
 def test_overfits_a_few_points(case):
     """Likelihood grows without bound on a few points: each flow must use that."""
     options = {"event_shape": (1, 2, 4)} if case == "realnvp-image" else {}
@@ -86,6 +86,7 @@ def test_overfits_a_few_points(case):
     [
         ("nsf", {"layers": 6, "bins": 8, "hidden": (64, 64)}, "moons", 0.05),
         ("realnvp", {"layers": 10, "hidden": (64, 64)}, "moons", 0.1),
+        ("maf", {"layers": 10, "hidden": (64, 64)}, "moons", 0.1),
     ],
 )
 def test_reaches_the_entropy_of_a_toy_density(name, options, density, nats):
