@@ -482,7 +482,7 @@ class _Glow:
                 network.middle.load_state_dict(middle.state_dict())
                 both = torch.cat([torch.arange(0, len(last.weight), 2), torch.arange(1, len(last.weight), 2)])
                 network.head.weight.copy_(last.weight[both])
-                network.head.bias.copy_(last.bias[both])
+                network.head.bias.copy_(cast("Tensor", last.bias)[both])
                 order = torch.arange(len(order))
         ours.load_state_dict(ours.state_dict())  # the normalisations see that they have started
         return ours
