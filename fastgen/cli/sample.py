@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, TYPE_CHECKING
 
 import typer
 
@@ -40,6 +40,14 @@ def _beside_data(points: Tensor, run: Path, target: Path) -> Path:
             source = open_source(spec, (2,))
             panels = {f"data: {source.name}": planes.first_of(source, len(points)), **panels}
     return planes.save_panels(panels, target)
+
+
+def _report_inference(model: Any, values: dict[str, Any]) -> None:
+    """Say how far the copy of a diffusion network that draws is from the network, where one was asked for."""
+    chosen = values.get("inference", "plain")
+    error = getattr(model, "inference_error", None)
+    if chosen != "plain" and error is not None:
+        show.line(f"{chosen} network: relative error {100 * error(chosen):.2g} % of its output")
 
 
 def sample(
@@ -78,6 +86,7 @@ def sample(
     options.check_device(device)
     model = fastgen.load(run, device=device)
     values = options.parse_settings(settings or [], options.sample_types(model), f"sample() of {type(model).__name__}")
+    _report_inference(model, values)
     target = out or run / "samples.png"
     points = model.event_shape == (2,) and target.suffix.lower() == ".png" and not target.is_dir()
     count = len(chosen) if chosen is not None else (n or (_POINTS if points else 64))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,15 @@ from fastgen.diffusion.samplers import Plan, Sampler, make_sampler
 from fastgen.diffusion.schedules import Grid, Schedule, Spacing, Target, target_rows
 from fastgen.diffusion.upstream import upstream_grid, upstream_plan
 from fastgen.nn.dit import DiT
+from fastgen.nn.inference import optimize, relative_error
 from fastgen.nn.mlp import TimeMLP
 from fastgen.nn.model import Config, Model
 from fastgen.nn.unet import UNet
 from fastgen.random import Stream
 
-__all__ = ["DiffusionConfig", "DiffusionLoss", "DiffusionModel", "build_network"]
+__all__ = ["DiffusionConfig", "DiffusionLoss", "DiffusionModel", "Inference", "build_network"]
+
+Inference = Literal["plain", "packed", "bfloat16", "compiled"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +140,11 @@ class DiffusionModel(Model):
     network: nn.Module
     learned_variance: bool = False
     _last: tuple[tuple[object, ...], Plan, Table] | None = None
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        super().__init__(config)
+        self._copies: dict[str, tuple[Any, nn.Module]] = {}
+
     time_scale: ClassVar[float] = 1.0
     """Schedule's time times this is what the network is told."""
 
@@ -250,6 +258,7 @@ class DiffusionModel(Model):
         threshold: float | None = None,
         init: Tensor | None = None,
         strength: float = 1.0,
+        inference: Inference = "plain",
         compat: Literal["diffusers"] | None = None,
         noise: Callable[[int], Tensor] | None = None,
         adjust: Callable[[Step], Tensor] | None = None,
@@ -272,6 +281,7 @@ class DiffusionModel(Model):
             init: start from these samples, noised, instead of from noise: [m, *event_shape] in the range outside; sample i
                 starts from init[i mod m].
             strength: share of the steps that are then taken, in (0, 1].
+            inference: what evaluates the network, see :meth:`evaluator`; :meth:`inference_error` says how far it is off.
             compat: "diffusers" lays out the steps as the sampler of diffusers 0.42 does, errors included.
             noise: index of an evaluation -> noise [n, *event_shape], instead of the key's.
             adjust, callback: see :func:`fastgen.diffusion.loop.run`.
@@ -300,11 +310,46 @@ class DiffusionModel(Model):
         else:
             guidance = None
 
+        evaluate = self.evaluator(inference)
+
         def network(x: Tensor, time: Tensor) -> Tensor:
-            return self.network(x, time, labels=classes)
+            return evaluate(x, time, labels=classes)
 
         x = run(network, x, table, key, guidance=guidance, clamp=limit, noise=noise, adjust=adjust, callback=callback)
         return self.decode_range(x)
+
+    def evaluator(self, inference: Inference = "plain") -> nn.Module:
+        """The network as :meth:`sample` runs it.
+
+        Args:
+            inference: "plain" is the network itself; "packed" a copy by :func:`fastgen.nn.inference.optimize` in float32,
+                "bfloat16" one in bfloat16, "compiled" one under ``torch.compile``. Copies are kept until the weights change.
+        """
+        if inference == "plain":
+            return self.network
+        if inference not in get_args(Inference):
+            raise ValueError(f"inference must be one of {', '.join(get_args(Inference))}, got {inference!r}")
+        weights = tuple((p.data_ptr(), p._version) for p in self.network.parameters())
+        if inference not in self._copies or self._copies[inference][0] != weights:
+            dtype = torch.bfloat16 if inference == "bfloat16" else torch.float32
+            self._copies[inference] = weights, optimize(self.network, dtype=dtype, compile=inference == "compiled")
+        return self._copies[inference][1]
+
+    @torch.no_grad()
+    def inference_error(self, inference: Inference, *, samples: int = 8, key: Tensor | None = None) -> float:
+        """Relative error of the network's output, ||copy - network|| / ||network||, over states along the schedule.
+
+        Args:
+            inference: see :meth:`evaluator`.
+            samples: how many states: of noise, at times from the noisiest on.
+            key: of the noise.
+        """
+        key = random.key(0, stream=Stream.EVALUATE, device=self.device) if key is None else key
+        grid = self.schedule.grid(samples)
+        spread = (grid.alpha.square() + grid.sigma.square()).sqrt().to(self.device, torch.float32)
+        x = ops.normal((samples, *self.event_shape), key) * spread.view(-1, *[1] * len(self.event_shape))
+        time = (grid.time * self.time_scale).to(self.device, torch.float32)
+        return relative_error(self.evaluator(inference), self.network, x, time)
 
     def _prepared(
         self,

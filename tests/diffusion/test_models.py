@@ -260,3 +260,23 @@ def test_sampling_errors(options, message):
         make("ddpm").sample(2, **options)
     with pytest.raises(ValueError, match=r"labels must be in 0 \.\. 3, where 3 is no class, got 4"):
         make("ddpm", num_classes=3).sample(2, labels=4)
+
+
+@pytest.mark.parametrize(("inference", "largest"), [("packed", 1e-4), ("bfloat16", 0.02)])
+def test_copies_for_inference(inference, largest):
+    """They are near, follow the weights, and draw what the network draws but for their error."""
+    model = fastgen.create("ddpm", event_shape=(1, 12, 12), widths=(32, 32), attention_levels=(), layers=1)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    assert 0 < model.inference_error(inference) < largest
+    before = model.evaluator(inference)
+    assert model.evaluator(inference) is before
+    key = random.key(0)
+    plain = model.sample(2, key=key, steps=3)
+    torch.testing.assert_close(model.sample(2, key=key, steps=3, inference=inference), plain, rtol=0, atol=5 * largest)
+    with torch.no_grad():
+        next(model.parameters()).add_(0.5)
+    assert model.evaluator(inference) is not before
+    assert model.inference_error(inference) < largest
+    with pytest.raises(ValueError, match="inference must be one of plain, packed, bfloat16, compiled, got 'int8'"):
+        model.sample(1, inference="int8")
