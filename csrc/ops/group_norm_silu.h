@@ -12,6 +12,8 @@
 FASTGEN_BEGIN
 
 constexpr int64_t NORM_TILE = 8192;
+// Terms that one lane adds up before the sum is put aside: long chains of additions lose digits.
+constexpr int64_t CHAIN = 64;
 
 // Part of a unit: some of its channels at some of its pixels.
 struct Patch {
@@ -33,6 +35,7 @@ struct NormTiling {
     padded = ceil_div(unit_channels, 16) * 16;
     parts = last ? 1 : max(1, ceil_div(pixels, NORM_TILE));
     step = parts > 1 ? NORM_TILE : max(1, NORM_TILE / max(1, last ? channels : pixels));
+    if (last) step = min(step, CHAIN);
     tiles = last ? ceil_div(pixels, step) : parts > 1 ? per * parts : ceil_div(per, step);
   }
   Patch patch(int64_t tile) const {
@@ -150,20 +153,26 @@ INLINE Moments moments_of(const T* x, int64_t count) {
   for (; used * SHARE + LANES <= count; used += LANES) some = some + load_float(x + used * SHARE);
   if (!used) some = load_part(x, used = count);
   const float pivot = sum(some) / (float)used;
-  vf sums[4] = {}, squares[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * LANES <= count; i += 4 * LANES)
-    for (int k = 0; k < 4; ++k) {
-      const vf d = load_float(x + i + k * LANES) - pivot;
-      sums[k] = sums[k] + d;
-      squares[k] = fma(d, d, squares[k]);
-    }
-  for_blocks(count - i, [&](int64_t j, int64_t n) {
-    const vf d = block_load(x + i + j, n, pivot) - pivot;
-    sums[0] = sums[0] + d;
-    squares[0] = fma(d, d, squares[0]);
-  });
-  return {pivot, sum((sums[0] + sums[1]) + (sums[2] + sums[3])), sum((squares[0] + squares[1]) + (squares[2] + squares[3]))};
+  vf total{}, square{};
+  for (int64_t begin = 0; begin < count; begin += 4 * CHAIN * LANES) {
+    const int64_t end = min(count, begin + 4 * CHAIN * LANES);
+    vf sums[4] = {}, squares[4] = {};
+    int64_t i = begin;
+    for (; i + 4 * LANES <= end; i += 4 * LANES)
+      for (int k = 0; k < 4; ++k) {
+        const vf d = load_float(x + i + k * LANES) - pivot;
+        sums[k] = sums[k] + d;
+        squares[k] = fma(d, d, squares[k]);
+      }
+    for_blocks(end - i, [&](int64_t j, int64_t n) {
+      const vf d = block_load(x + i + j, n, pivot) - pivot;
+      sums[0] = sums[0] + d;
+      squares[0] = fma(d, d, squares[0]);
+    });
+    total = total + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    square = square + ((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  }
+  return {pivot, sum(total), sum(square)};
 }
 
 // The same for each group of `pixels` rows of all channels.
@@ -322,12 +331,17 @@ INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& m
     float* sums = sums_of(scratch, tiling.parts > 1 ? tile % tiling.parts : 0);
     for (int64_t row = 0; row < patch.channels; ++row) {
       vf total{}, product{};
-      for_patch<Last>(tiling, unit, {patch.channel + row, 1, patch.pixel, patch.pixels}, [&](int64_t j, int64_t k, int64_t n) {
-        vf d;
-        const vf dz = gradient(c, j, k, n, d);
-        total = total + dz;
-        product = fma(dz, d, product);
-      });
+      for (int64_t begin = 0; begin < patch.pixels; begin += CHAIN * LANES) {
+        const Patch link{patch.channel + row, 1, patch.pixel + begin, min(CHAIN * LANES, patch.pixels - begin)};
+        vf some{}, products{};
+        for_patch<Last>(tiling, unit, link, [&](int64_t j, int64_t k, int64_t n) {
+          vf d;
+          const vf dz = gradient(c, j, k, n, d);
+          some = some + dz;
+          products = fma(dz, d, products);
+        });
+        total = total + some, product = product + products;
+      }
       sums[patch.channel + row] = sum(total);
       sums[width + patch.channel + row] = sum(product);
     }
