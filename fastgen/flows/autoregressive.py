@@ -1,4 +1,4 @@
-"""Autoregressive layers: each element is mapped with parameters that a masked network finds from the elements before it.
+"""Autoregressive layers: each element is mapped with parameters that a masked network sets from those before it.
 
 One pass of the network maps a batch. The inverse finds one element after the other, by one of three methods with the same result:
 
