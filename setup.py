@@ -35,9 +35,13 @@ ISA_FLAGS = {
     "scalar": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-    "neon": [],
+    "neon": ["-DFASTGEN_NEON"],
 }
-ISAS = {"x86_64": ["scalar", "avx2", "avx512"], "AMD64": ["scalar", "avx2", "avx512"], "aarch64": ["scalar", "neon"]}
+ISAS = {  # fastest first
+    "x86_64": ["avx512", "avx2", "scalar"],
+    "AMD64": ["avx512", "avx2", "scalar"],
+    "aarch64": ["neon", "scalar"],
+}
 
 
 def compiler() -> list[str]:
@@ -53,18 +57,26 @@ def openmp_flags(build: Path) -> list[str]:
     return ["-fopenmp"] if subprocess.run(command, capture_output=True, check=False).returncode == 0 else []
 
 
+def write_if_changed(file: Path, text: str) -> None:
+    """Leave a file that is right already its time stamp, by which ninja goes."""
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+
+
 def ninja_file(target: Path, build: Path) -> str:
-    """The build as ninja rules: the ISA units with their own flags, the bindings, the link."""
+    """The build as ninja rules: a unit per op and instruction set, the bindings, the link."""
     import pybind11
 
     isas = ISAS.get(platform.machine(), ["scalar"])
+    ops = sorted(header.stem for header in (CSRC / "ops").glob("*.h"))
     openmp = openmp_flags(build)
-    defines = [f"-DFASTGEN_HAS_{isa.upper()}" for isa in isas]
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    units = {
-        CSRC / "bindings.cpp": [*defines, *includes],
-        **{CSRC / f"isa_{isa}.cpp": [*KERNEL_FLAGS, *ISA_FLAGS[isa], *openmp] for isa in isas},
-    }
+    write_if_changed(build / "units.inc", "".join(f"UNIT({isa}, {op})\n" for isa in isas for op in ops))
+    bindings = [f"-I{build}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    units = {build / "bindings.o": (CSRC / "bindings.cpp", bindings)}
+    for isa in isas:
+        for op in ops:
+            flags = [*KERNEL_FLAGS, *ISA_FLAGS[isa], *openmp, f"-DFASTGEN_ISA={isa}", f"-DFASTGEN_OP={op}"]
+            units[build / f"{op}.{isa}.o"] = (CSRC / "unit.cpp", flags)
     lines = [
         f"cxx = {' '.join(compiler())}",
         "rule compile",
@@ -74,10 +86,9 @@ def ninja_file(target: Path, build: Path) -> str:
         "rule link",
         f"  command = $cxx -shared $in -o $out {' '.join(openmp)}",
     ]
-    objects = {source: build / f"{source.stem}.o" for source in units}
-    for source, flags in units.items():
-        lines += [f"build {objects[source]}: compile {source.resolve()}", f"  flags = {' '.join(flags)}"]
-    lines += [f"build {target}: link {' '.join(map(str, objects.values()))}", ""]
+    for unit, (source, flags) in units.items():
+        lines += [f"build {unit}: compile {source.resolve()}", f"  flags = {' '.join(flags)}"]
+    lines += [f"build {target}: link {' '.join(map(str, units))}", ""]
     return "\n".join(lines)
 
 

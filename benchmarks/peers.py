@@ -200,10 +200,122 @@ def _lu_linear(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
     return bind(_eager_lu_linear, inputs, mode, ("x", "lower", "upper", "log_diagonal"))
 
 
+def _cdist_argmin(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
+    """The index alone, through the matrix of all distances."""
+    z, codebook = inputs["z"], inputs["codebook"]
+    return lambda: torch.cdist(z, codebook).argmin(1)
+
+
+def _vector_quantize(inputs: dict[str, Any]) -> Any:
+    """The codebook of vector-quantize-pytorch in training. It keeps running averages; moving the codes to them is left out."""
+    from vector_quantize_pytorch.vector_quantize_pytorch import Codebook
+
+    codebook = Codebook(*inputs["codebook"].T.shape, threshold_ema_dead_code=0, manual_ema_update=True).train()
+    codebook.embed.data.copy_(inputs["codebook"])
+    return codebook
+
+
+def _vector_quantize_step(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
+    codebook, z = _vector_quantize(inputs), inputs["z"][None]
+    return lambda: codebook(z)
+
+
+def _check_choice(index: Tensor, inputs: dict[str, Any]) -> None:
+    """Near ties may fall either way: it is the distance of the chosen code that must be the least."""
+    from fastgen.ops.nearest_code import nearest_code_reference
+
+    chosen = (inputs["z"].double() - inputs["codebook"].double()[index]).square().sum(1)
+    if not torch.allclose(
+        chosen, nearest_code_reference(inputs["z"].double(), inputs["codebook"].double()).distance, rtol=1e-3
+    ):
+        raise ParityError("some codes are not the nearest")
+
+
+def _check_vector_quantize(inputs: dict[str, Any]) -> None:
+    codebook = _vector_quantize(inputs)
+    size = codebook.cluster_size.clone()
+    _, index, _ = codebook(inputs["z"][None])
+    _check_choice(index[0], inputs)
+    counts = torch.bincount(index[0], minlength=len(inputs["codebook"]))
+    if not torch.allclose(codebook.cluster_size, size.lerp(counts[None].to(size), 1 - codebook.decay)):
+        raise ParityError("codes are counted differently")
+
+
+def _eager_bias_act(x: Tensor, b: Tensor | None, dim: int, act: str, clamp: float | None) -> Tensor:
+    """As StyleGAN's ports without a kernel have it: one operation after the other."""
+    from fastgen.ops.bias_act import ACTIVATIONS
+
+    if b is not None:
+        x = x + b.reshape([-1 if i == dim else 1 for i in range(x.dim())])
+    x = ACTIVATIONS[act].function(x, 0.2)
+    if ACTIVATIONS[act].gain != 1:
+        x = x * ACTIVATIONS[act].gain
+    return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+@functools.cache
+def _compiled_bias_act() -> Callable[..., Any]:
+    return torch.compile(_eager_bias_act, dynamic=False)
+
+
+def _bias_act(function: Callable[[], Callable[..., Any]]) -> Callable[[dict[str, Any], str], Callable[[], Any]]:
+    return lambda inputs, mode: bind(function(), inputs, mode, ("x", "b"))
+
+
+def _transposed_convolution(
+    x: Tensor, f: Tensor, up: int, padding: tuple[int, int, int, int], gain: float = 1, flip_filter: bool = False
+) -> Tensor:
+    """Upsampling as PyTorch does it best: a depthwise transposed convolution, then a crop."""
+    weight = gain * (torch.outer(f, f) if f.dim() == 1 else f)
+    weight = weight.flip(0, 1) if flip_filter else weight
+    # its output begins where the filter meets the first pixel: len(f) - 1 pixels before ours without padding
+    (height, width), (x0, x1, y0, y1) = weight.shape, padding
+    y = torch.nn.functional.conv_transpose2d(x, weight.expand(x.shape[1], 1, -1, -1), stride=up, groups=x.shape[1])
+    sides = [x0 - width + 1, x1 - width + up, y0 - height + 1, y1 - height + up]
+    return torch.nn.functional.pad(y, sides)
+
+
+def _eager_group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = "silu",
+) -> Tensor:
+    """As U-Nets have it."""
+    z = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
+    ones = (1,) * (x.dim() - 2)
+    if scale is not None:
+        z = z * (1 + scale.reshape(*scale.shape, *ones))
+    if shift is not None:
+        z = z + shift.reshape(*shift.shape, *ones)
+    return torch.nn.functional.silu(z) if activation else z
+
+
+@functools.cache
+def _compiled_group_norm() -> Callable[..., Any]:
+    return torch.compile(_eager_group_norm, dynamic=False)
+
+
+def _group_norm(function: Callable[[], Callable[..., Any]]) -> Callable[[dict[str, Any], str], Callable[[], Any]]:
+    return lambda inputs, mode: bind(function(), inputs, mode, ("x", "weight", "bias", "scale", "shift"))
+
+
 PEERS: dict[str, list[Peer]] = {
     "affine_coupling": [
         Peer("eager PyTorch", _coupling(lambda: _eager_coupling)),
         Peer("torch.compile of it", _coupling(_compiled_coupling)),
+    ],
+    "bias_act": [
+        Peer("eager PyTorch", _bias_act(lambda: _eager_bias_act)),
+        Peer("torch.compile of it", _bias_act(_compiled_bias_act)),
+    ],
+    "group_norm_silu": [
+        Peer("eager PyTorch", _group_norm(lambda: _eager_group_norm)),
+        Peer("torch.compile of it", _group_norm(_compiled_group_norm)),
     ],
     "lu_linear": [Peer("eager PyTorch", _lu_linear)],
     "moments": [
@@ -212,6 +324,22 @@ PEERS: dict[str, list[Peer]] = {
     "trace_sqrt_product": [
         Peer("torchmetrics' way, eigvals", _torchmetrics_trace, modes=("fwd",)),
         Peer("scipy sqrtm", _scipy_trace, modes=("fwd",)),
+    ],
+    "nearest_code": [
+        Peer(
+            "torch.cdist + argmin",
+            _cdist_argmin,
+            lambda inputs: _check_choice(_cdist_argmin(inputs, "fwd")(), inputs),
+            when=lambda flags: not flags.get("statistics"),
+            modes=("fwd",),
+        ),
+        Peer(
+            "vector-quantize-pytorch",
+            _vector_quantize_step,
+            _check_vector_quantize,
+            when=lambda flags: bool(flags.get("statistics")),
+            modes=("fwd",),
+        ),
     ],
     "normal": [
         Peer("torch.randn", _torch_randn, _check_randn),
@@ -223,6 +351,13 @@ PEERS: dict[str, list[Peer]] = {
         ),
     ],
     "uniform": [Peer("torch.rand", _torch_rand, _check_rand)],
+    "upfirdn2d": [
+        Peer(
+            "depthwise conv_transpose2d",
+            lambda inputs, mode: bind(_transposed_convolution, inputs, mode, ("x",)),
+            when=lambda flags: flags.get("resampling", "up 2") == "up 2",
+        ),
+    ],
     "reparameterize": [
         Peer(
             "eager PyTorch",

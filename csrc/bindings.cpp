@@ -6,22 +6,13 @@
 
 #include "kernels.h"
 
-#define DECLARE(isa)         \
-  namespace fastgen::isa {   \
-  extern const Table table;  \
+// units.inc, written by the build: UNIT(isa, op) for every unit that was compiled, the fastest instruction set first.
+#define UNIT(isa, op)             \
+  namespace fastgen::isa {        \
+  extern const Table op##_table;  \
   }
-#ifdef FASTGEN_HAS_SCALAR
-DECLARE(scalar)
-#endif
-#ifdef FASTGEN_HAS_AVX2
-DECLARE(avx2)
-#endif
-#ifdef FASTGEN_HAS_AVX512
-DECLARE(avx512)
-#endif
-#ifdef FASTGEN_HAS_NEON
-DECLARE(neon)
-#endif
+#include "units.inc"
+#undef UNIT
 
 namespace {
 
@@ -71,45 +62,44 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef method = {"kernel", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call)), METH_FASTCALL, nullptr};
 
-void add(py::dict& tables, const fastgen::Table& table) {
-  py::dict functions;
-  for (int i = 0; i < table.count; ++i) {
-    const Kernel& kernel = table.kernels[i];
-    if (strlen(kernel.signature) > MOST_ARGUMENTS) throw std::length_error(kernel.name);
-    const auto capsule = py::reinterpret_steal<py::object>(PyCapsule_New(const_cast<Kernel*>(&kernel), nullptr, nullptr));
-    functions[kernel.name] = py::reinterpret_steal<py::object>(PyCFunction_New(&method, capsule.ptr()));
-  }
-  tables[table.isa] = functions;
+const fastgen::Table* const units[] = {
+#define UNIT(isa, op) &fastgen::isa::op##_table,
+#include "units.inc"
+#undef UNIT
+};
+
+bool runs_here(const char* isa) {
+#ifdef __x86_64__
+  if (!strcmp(isa, "avx512"))
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+  if (!strcmp(isa, "avx2"))
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#endif
+  return true;
 }
 
-// The tables that this CPU can run, fastest first.
+// isa -> name -> function, for the instruction sets that this CPU can run, fastest first.
 py::dict tables() {
   py::dict out;
-#ifdef FASTGEN_HAS_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-    add(out, fastgen::avx512::table);
-#endif
-#ifdef FASTGEN_HAS_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    add(out, fastgen::avx2::table);
-#endif
-#ifdef FASTGEN_HAS_NEON
-  add(out, fastgen::neon::table);
-#endif
-#ifdef FASTGEN_HAS_SCALAR
-  add(out, fastgen::scalar::table);
-#endif
+  for (const fastgen::Table* table : units) {
+    if (!runs_here(table->isa)) continue;
+    if (!out.contains(table->isa)) out[table->isa] = py::dict();
+    for (int i = 0; i < table->count; ++i) {
+      const Kernel& kernel = table->kernels[i];
+      if (strlen(kernel.signature) > MOST_ARGUMENTS) throw std::length_error(kernel.name);
+      const auto capsule = py::reinterpret_steal<py::object>(PyCapsule_New(const_cast<Kernel*>(&kernel), nullptr, nullptr));
+      out[table->isa][kernel.name] = py::reinterpret_steal<py::object>(PyCFunction_New(&method, capsule.ptr()));
+    }
+  }
   return out;
 }
 
 // name -> signature, one letter per argument; the same for every instruction set.
 py::dict signatures() {
   py::dict out;
-#ifdef FASTGEN_HAS_SCALAR
-  for (int i = 0; i < fastgen::scalar::table.count; ++i)
-    out[fastgen::scalar::table.kernels[i].name] = fastgen::scalar::table.kernels[i].signature;
-#endif
+  for (const fastgen::Table* table : units)
+    for (int i = 0; i < table->count; ++i) out[table->kernels[i].name] = table->kernels[i].signature;
   return out;
 }
 

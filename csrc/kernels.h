@@ -1,6 +1,6 @@
 // The table of kernels that an instruction set exports: name, signature, entry. An entry takes its arguments as an array of
-// 8-byte slots; the typed C++ function behind it is unpacked at compile time, so that bindings and harnesses need one line
-// per kernel, in kernels.inc.
+// 8-byte slots; the typed C++ function behind it is unpacked at compile time, so that bindings and harnesses know no kernel
+// by name. One table per op and instruction set.
 #pragma once
 #include <cstdint>
 

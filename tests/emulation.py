@@ -8,16 +8,23 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 import platform
 import shutil
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = {"neon": [], "scalar": [], "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"], "avx512": ["-march=x86-64-v4"]}
+FLAGS = {
+    "neon": ["-DFASTGEN_NEON"],
+    "scalar": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
+    "avx512": ["-march=x86-64-v4"],
+}
 COMMON = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 
@@ -66,11 +73,24 @@ class Remote:
 
 def build(isa: str, compiler: str, flags: list[str], folder: Path) -> Path:
     """Compile the harness and one instruction set's kernels."""
-    target = folder / f"harness_{isa}_{Path(compiler).name}"
-    sources = [str(ROOT / "tests/native/harness.cpp"), str(ROOT / f"csrc/isa_{isa}.cpp")]
-    command = [compiler, *COMMON, *FLAGS[isa], *flags, f"-DHARNESS_ISA={isa}", *sources, "-o", str(target)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return target
+    name = f"harness_{isa}_{Path(compiler).name}"
+    ops = sorted(header.stem for header in (ROOT / "csrc/ops").glob("*.h"))
+    parts = folder / f"{name}.parts"
+    parts.mkdir()
+    (parts / "units.inc").write_text("".join(f"UNIT({isa}, {op})\n" for op in ops))
+
+    def compile_one(op: str | None) -> Path:
+        source = "csrc/unit.cpp" if op else "tests/native/harness.cpp"
+        names = [f"-DFASTGEN_ISA={isa}", f"-DFASTGEN_OP={op}"] if op else [f"-I{parts}"]
+        target = parts / f"{op or 'harness'}.o"
+        command = [compiler, *COMMON, *FLAGS[isa], *flags, *names, "-c", str(ROOT / source), "-o", str(target)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, [None, *ops]))
+    subprocess.run([compiler, *flags, *map(str, objects), "-o", str(folder / name)], check=True, capture_output=True, text=True)
+    return folder / name
 
 
 def neon_reason() -> str | None:

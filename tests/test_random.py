@@ -52,6 +52,14 @@ def test_counter_layout():
     assert [int(w[2, 1]) for w in words] == [int(w) for w in expected]
 
 
+def test_compiled_words_are_the_same():
+    """Seeds whose key words carry: products of two words must not overflow where a compiler may assume that they do not."""
+    compiled = torch.compile(lambda key: torch.stack(_philox.words(key, 4, 40)), dynamic=False)
+    for seed in (890053541648381458, 2**31 + 5, 2**63 - 1, 7):
+        key = random.key(seed)
+        assert torch.equal(compiled(key), torch.stack(_philox.words(key, 4, 40)))
+
+
 def test_key_words():
     assert random.key(2**64 - 1).tolist() == [-1, 0, 0, 0]
     assert random.key([3, 4], stream=random.Stream.LATENT, step=2, sample=9).tolist() == [[3, 3, 2, 9], [4, 3, 2, 9]]

@@ -3,6 +3,7 @@
 #pragma once
 #include "../math.h"
 #include "../parallel.h"
+#include "../unit.h"
 
 FASTGEN_BEGIN
 
@@ -152,5 +153,7 @@ inline void affine_coupling_bwd(int64_t dtype, int64_t rows, int64_t event, cons
   };
   with_dtype(dtype, run);
 }
+
+FASTGEN_KERNELS(affine_coupling, KERNEL(affine_coupling_fwd), KERNEL(affine_coupling_bwd))
 
 FASTGEN_END

@@ -2,6 +2,7 @@
 // mathematics.
 #pragma once
 #include "../noise.h"
+#include "../unit.h"
 
 FASTGEN_BEGIN
 
@@ -72,5 +73,7 @@ inline void diffuse_bwd(int64_t dtype, int64_t rows, int64_t event, const float*
   };
   with_dtype(dtype, run);
 }
+
+FASTGEN_KERNELS(diffuse, KERNEL(diffuse_fwd), KERNEL(diffuse_bwd))
 
 FASTGEN_END

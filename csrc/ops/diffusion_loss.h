@@ -2,6 +2,7 @@
 // mathematics.
 #pragma once
 #include "diffuse.h"
+#include "../unit.h"
 
 FASTGEN_BEGIN
 
@@ -99,5 +100,7 @@ inline void diffusion_loss_bwd(int64_t dtype, int64_t rows, int64_t event, const
   };
   with_dtype(dtype, run);
 }
+
+FASTGEN_KERNELS(diffusion_loss, KERNEL(diffusion_loss_fwd), KERNEL(diffusion_loss_bwd))
 
 FASTGEN_END

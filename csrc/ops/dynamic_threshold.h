@@ -2,6 +2,7 @@
 // mathematics.
 #pragma once
 #include "../parallel.h"
+#include "../unit.h"
 
 FASTGEN_BEGIN
 
@@ -143,5 +144,7 @@ inline void dynamic_threshold_bwd(int64_t dtype, int64_t rows, int64_t event, co
     dynamic_threshold_bwd_as<T>(rows, event, (const T*)x, threshold, (const T*)grad_y, (T*)grad_x, threads);
   });
 }
+
+FASTGEN_KERNELS(dynamic_threshold, KERNEL(dynamic_threshold_fwd), KERNEL(dynamic_threshold_bwd))
 
 FASTGEN_END

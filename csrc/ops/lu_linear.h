@@ -6,6 +6,7 @@
 #pragma once
 #include "../math.h"
 #include "../parallel.h"
+#include "../unit.h"
 
 FASTGEN_BEGIN
 
@@ -295,5 +296,7 @@ inline void lu_linear_bwd(int64_t dtype, int64_t samples, int64_t channels, int6
   factors.differentiate(grad_matrix, by_log_det * (double)pixels, inverse, grad_lower, grad_upper, grad_log_diagonal);
   delete[] grad_matrix;
 }
+
+FASTGEN_KERNELS(lu_linear, KERNEL(lu_linear_fwd), KERNEL(lu_linear_bwd))
 
 FASTGEN_END

@@ -6,6 +6,7 @@
 // registers and added to the float64 result. The diagonal is summed in float64 throughout.
 #pragma once
 #include "../parallel.h"
+#include "../unit.h"
 
 FASTGEN_BEGIN
 
@@ -178,5 +179,7 @@ inline void moments_fwd(int64_t dtype, int64_t rows, int64_t width, const void* 
   };
   with_dtype(dtype, run);
 }
+
+FASTGEN_KERNELS(moments, KERNEL(moments_fwd))
 
 FASTGEN_END

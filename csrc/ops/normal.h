@@ -1,6 +1,7 @@
 // normal: standard normals [rows, event] at the keys. fastgen/ops/normal.py has the mathematics.
 #pragma once
 #include "../random.h"
+#include "../unit.h"
 
 FASTGEN_BEGIN
 
@@ -27,5 +28,7 @@ inline void normal(int64_t dtype, void* out, int64_t rows, int64_t event, const 
                    int64_t threads) {
   fill<Normal>(dtype, out, rows, event, Keys{key, keys}, fast, threads);
 }
+
+FASTGEN_KERNELS(normal, KERNEL(normal))
 
 FASTGEN_END

@@ -3,6 +3,7 @@
 #pragma once
 #include "../math.h"
 #include "../random.h"
+#include "../unit.h"
 
 FASTGEN_BEGIN
 
@@ -90,5 +91,7 @@ inline void reparameterize_bwd(int64_t dtype, int64_t rows, int64_t event, const
   };
   with_dtype(dtype, run);
 }
+
+FASTGEN_KERNELS(reparameterize, KERNEL(reparameterize_fwd), KERNEL(reparameterize_bwd))
 
 FASTGEN_END

@@ -4,6 +4,7 @@
 #pragma once
 #include "../math.h"
 #include "../parallel.h"
+#include "../unit.h"
 
 FASTGEN_BEGIN
 
@@ -476,5 +477,7 @@ inline void rq_spline_bwd(int64_t dtype, int64_t rows, int64_t event, int64_t bi
   };
   with_dtype(dtype, run);
 }
+
+FASTGEN_KERNELS(rq_spline, KERNEL(rq_spline_fwd), KERNEL(rq_spline_bwd))
 
 FASTGEN_END

@@ -269,7 +269,7 @@ class FlowDistribution(Distribution):
         """Draws as :meth:`rsample`, and their log-densities [*sample_shape, *batch_shape] from the same pass."""
         shape = (*sample_shape, *self.batch_shape)
         z = self._noise(shape, key)
-        x, ladj = self.transform.inv_and_ladj(z.reshape(*shape, -1))
+        x, ladj = self.transform.inv_and_ladj(z.reshape(*shape, self._flow.features))
         return x, self._flow.base.log_prob(z).reshape(shape) - ladj
 
     def _noise(self, shape: tuple[int, ...], key: Tensor | None) -> Tensor:

@@ -12,10 +12,21 @@ from torch import Tensor
 
 from fastgen import random
 from fastgen.data import Source
+from fastgen.metrics.frechet import frechet_distance
 from fastgen.metrics.likelihood import LatentModel, bits_per_dim, elbo, has_elbo, iw_bound
 from fastgen.nn.model import Model, split_batch
 
-__all__ = ["UNITS", "LatentModel", "bits_per_dim", "elbo", "evaluate", "has_elbo", "iw_bound", "open_scored"]
+__all__ = [
+    "UNITS",
+    "LatentModel",
+    "bits_per_dim",
+    "elbo",
+    "evaluate",
+    "frechet_distance",
+    "has_elbo",
+    "iw_bound",
+    "open_scored",
+]
 
 UNITS = {
     "samples": ("held-out samples", ""),

@@ -19,9 +19,12 @@ __all__ = [
     "device_of",
     "is_channels_last",
     "noise_like",
+    "per_sample",
     "prepare_key",
     "sample_shape",
 ]
+
+_ONE_KEY = torch.Size((4,))
 
 
 def common(**tensors: Tensor) -> list[Tensor]:
@@ -34,14 +37,12 @@ def common(**tensors: Tensor) -> list[Tensor]:
     values = list(tensors.values())
     first = values[0]
     if type(first) is Tensor:  # the usual case at the least cost: nothing to change
-        dtype, shape, cpu, index = first.dtype, first.shape, first.is_cpu, first.get_device()
-        for v in values:
-            if type(v) is not Tensor or v.dtype is not dtype or v.shape != shape:
-                break
-            if v.is_cpu is not cpu or v.get_device() != index:
+        dtype, shape, device = first.dtype, first.shape, first.device
+        for v in values[1:]:
+            if type(v) is not Tensor or v.dtype is not dtype or v.shape != shape or v.device != device:
                 break
         else:
-            if dtype.is_floating_point and shape:
+            if shape and dtype.is_floating_point:
                 return values
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
@@ -76,7 +77,7 @@ def prepare_key(key: Tensor | None, samples: int, device: torch.device | None) -
         what = key.dtype if isinstance(key, Tensor) else type(key).__name__
         raise TypeError(f"key must be an int64 tensor made by fastgen.random.key, got {what}")
     shape = key.shape
-    if shape != (4,) and shape != (samples, 4):
+    if shape != _ONE_KEY and shape != (samples, 4):
         raise ValueError(f"key must have shape [4] or [{samples}, 4], got {list(shape)}")
     if device is not None and key.device != device:
         raise ValueError(f"key is on {key.device}, expected {device}")
@@ -152,5 +153,11 @@ def device_of(key: Tensor | None, device: torch.device | str | None) -> torch.de
 
 def as_rows(x: Tensor) -> tuple[int, int]:
     """(samples, elements of one sample) of a tensor whose first dimension counts samples."""
-    rows = x.shape[0]
-    return rows, x.numel() // rows if rows else math.prod(x.shape[1:])
+    shape = x.shape
+    rows = shape[0]
+    return rows, x.numel() // rows if rows else math.prod(shape[1:])
+
+
+def per_sample(x: Tensor) -> Tensor:
+    """Room for a float32 number per sample of ``x``."""
+    return x.new_empty(x.shape[0]) if x.dtype is torch.float32 else x.new_empty(x.shape[0], dtype=torch.float32)

@@ -26,6 +26,7 @@ from fastgen.ops._spec import OpSpec, all_specs, get_spec
 __all__ = [
     "BACKENDS",
     "choose",
+    "differentiable_once",
     "explain",
     "info",
     "is_fast",
@@ -226,10 +227,33 @@ def raw_op(name: str, schema: str, implementation: Callable[..., Any], fake: Cal
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
     registered = getattr(torch.ops.fastgen, name).default
+    is_compiling, modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        if is_compiling() or modes():
             return registered(*args)
         return implementation(*args)
 
     return call
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the ``backward`` of an autograd class that calls a raw kernel: a second derivative through it is an error.
+
+    ``torch.autograd.function.once_differentiable`` costs more than a small kernel, and lets the second derivative pass for
+    zero where the incoming gradient is a constant.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+        outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return outputs
+        message = b"a fused op can be differentiated once; backend='reference' knows second derivatives"
+        found = outputs if isinstance(outputs, tuple) else (outputs,)
+        leaves = [v if v is None else v.detach().requires_grad_() for v in found]
+        causes = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        refuse = torch._C._functions.DelayedError(message, len(leaves) + len(causes))
+        return refuse(*leaves, *causes)[: len(leaves)]  # type: ignore[arg-type]
+
+    return wrapper

@@ -34,21 +34,22 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor], rounds: int = 10) -> list[Tensor]:
-    """Philox4x32 on int64 tensors that hold 32-bit words; returns the four output words.
+def _product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """The high and the low word of a product of two words, by halves: in one piece it would pass the range of int64, and
+    compiled code (``torch.compile`` on a CPU) is not bound to wrap."""
+    low, high = (word & 0xFFFF) * multiplier, (word >> 16) * multiplier
+    middle = high + (low >> 16)
+    return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF
 
-    A product of two words wraps in int64; the shift and the mask still give its exact high and low halves.
-    """
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor], rounds: int = 10) -> list[Tensor]:
+    """Philox4x32 on int64 tensors that hold 32-bit words; returns the four output words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (product1 >> 32) & _MASK ^ c1 ^ k0,
-            product1 & _MASK,
-            (product0 >> 32) & _MASK ^ c3 ^ k1,
-            product0 & _MASK,
-        )
+        high0, low0 = _product(c0, _MULTIPLIERS[0])
+        high1, low1 = _product(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return [c0, c1, c2, c3]
 

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fastgen.ops import _checks, _dispatch, _native
@@ -74,7 +73,7 @@ def affine_coupling_reference(
 
 
 def _forward(x: Tensor, shift: Tensor, log_scale: Tensor, bound: int, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
-    y, log_det = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    y, log_det = torch.empty_like(x), _checks.per_sample(x)
     rows, event = _checks.as_rows(x)
     if backend == "cpp":
         _native.kernel("affine_coupling_fwd")(
@@ -117,7 +116,7 @@ _transform = _dispatch.raw_op(
     "affine_coupling",
     "(Tensor x, Tensor shift, Tensor log_scale, int bound, bool inverse, str backend) -> (Tensor, Tensor)",
     _forward,
-    lambda x, *_: (torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)),
+    lambda x, *_: (torch.empty_like(x), _checks.per_sample(x)),
 )
 # forward, the gradient of shift is that of y and not computed; its value does not enter the others
 _differentiate = _dispatch.raw_op(
@@ -147,7 +146,7 @@ class _AffineCoupling(torch.autograd.Function):
         return _transform(x, shift, log_scale, bound, inverse, backend)
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, grad_y: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
         x, shift, log_scale = ctx.saved_tensors
         grad_y = grad_y if grad_y is None else grad_y.contiguous()

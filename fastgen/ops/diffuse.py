@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.ops import _checks, _dispatch, _native
 from fastgen.ops._philox import normals
@@ -132,7 +131,7 @@ class _Diffuse(torch.autograd.Function):
         return (_diffuse if target else _diffuse_alone)(x0, coefficients, key, noise, fast, backend)
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, grad_x_t: Tensor | None, grad_target: Tensor | None = None) -> tuple[Tensor | None, ...]:
         (coefficients,) = ctx.saved_tensors
         grad_x0 = None

@@ -104,7 +104,7 @@ def _forward(
     *,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    loss = model_out.new_empty(model_out.shape[0], dtype=torch.float32)
+    loss = _checks.per_sample(model_out)
     slope = torch.empty_like(model_out, dtype=torch.float32) if keep else None
     rows, event = _checks.as_rows(model_out)
     channels = model_out.shape[1] if _checks.is_channels_last(model_out) else 0
@@ -158,14 +158,14 @@ _loss = _dispatch.raw_op(
     "diffusion_loss",
     f"({_ARGUMENTS}) -> Tensor",
     lambda *args: _forward(*args, keep=False)[0],
-    lambda model_out, *_: model_out.new_empty(model_out.shape[0], dtype=torch.float32),
+    lambda model_out, *_: _checks.per_sample(model_out),
 )
 _loss_keeping_slope = _dispatch.raw_op(
     "diffusion_loss_fwd",
     f"({_ARGUMENTS}) -> (Tensor, Tensor)",
     lambda *args: _forward(*args, keep=True),
     lambda model_out, *_: (
-        model_out.new_empty(model_out.shape[0], dtype=torch.float32),
+        _checks.per_sample(model_out),
         torch.empty_like(model_out, dtype=torch.float32),
     ),
 )
@@ -205,10 +205,8 @@ class _DiffusionLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @_dispatch.differentiable_once
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable lets a second derivative pass for zero where grad_loss is a constant
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("diffusion_loss can be differentiated once; backend='reference' knows second derivatives")
         slope, coefficients, weight = ctx.saved_tensors
         grads = _differentiate(
             slope, coefficients, weight, ctx.factor, ctx.huber, grad_loss.contiguous(), ctx.with_x0, ctx.dtype, ctx.backend

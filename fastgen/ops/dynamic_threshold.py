@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.ops import _checks, _dispatch, _native
 from fastgen.ops._spec import OpSpec
@@ -56,7 +55,7 @@ def dynamic_threshold_reference(x0: Tensor, quantile: float, maximum: float) -> 
 
 
 def _forward(x0: Tensor, quantile: float, maximum: float, backend: str) -> tuple[Tensor, Tensor]:
-    y, threshold = torch.empty_like(x0), x0.new_empty(x0.shape[0], dtype=torch.float32)
+    y, threshold = torch.empty_like(x0), _checks.per_sample(x0)
     rows, event = _checks.as_rows(x0)
     if backend == "cpp":
         _native.kernel("dynamic_threshold_fwd")(
@@ -83,7 +82,7 @@ _threshold = _dispatch.raw_op(
     "dynamic_threshold",
     "(Tensor x0, float quantile, float maximum, str backend) -> (Tensor, Tensor)",
     _forward,
-    lambda x0, *_: (torch.empty_like(x0), x0.new_empty(x0.shape[0], dtype=torch.float32)),
+    lambda x0, *_: (torch.empty_like(x0), _checks.per_sample(x0)),
 )
 _differentiate = _dispatch.raw_op(
     "dynamic_threshold_bwd",
@@ -104,7 +103,7 @@ class _DynamicThreshold(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         return _differentiate(*ctx.saved_tensors, grad_y.contiguous(), ctx.backend), None, None, None
 

@@ -26,9 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastgen.ops import _dispatch, _native
+from fastgen.ops import _checks, _dispatch, _native
 from fastgen.ops._spec import OpSpec
 from fastgen.ops.affine_coupling import Coupled
 
@@ -108,7 +107,7 @@ def _forward(
     inverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    y, log_det = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    y, log_det = torch.empty_like(x), _checks.per_sample(x)
     samples, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     if backend == "cpp":
         _check_permutation(permutation)
@@ -155,7 +154,7 @@ _transform = _dispatch.raw_op(
     "lu_linear",
     f"({_ARGUMENTS}, bool inverse, str backend) -> (Tensor, Tensor)",
     _forward,
-    lambda x, *_: (torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)),
+    lambda x, *_: (torch.empty_like(x), _checks.per_sample(x)),
 )
 _differentiate = _dispatch.raw_op(
     "lu_linear_bwd",
@@ -186,7 +185,7 @@ class _LuLinear(torch.autograd.Function):
         return _transform(x, lower, upper, log_diagonal, sign, permutation, inverse, backend)
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, grad_y: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         grad_y = torch.zeros_like(saved[0]) if grad_y is None else grad_y.contiguous()

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.ops import _dispatch, _native
 from fastgen.ops._spec import OpSpec
@@ -118,7 +117,7 @@ class _Moments(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, _: Tensor, grad_mean: Tensor, grad_comoment: Tensor) -> tuple[Tensor | None, ...]:
         features, count, mean, count_before, mean_before = ctx.saved_tensors
         total, grad_features, grad_mean_before = count.clamp_min(1), None, None

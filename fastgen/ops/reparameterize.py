@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.ops import _checks, _dispatch, _native
 from fastgen.ops._philox import normals
@@ -55,7 +54,7 @@ def reparameterize_reference(
 def _forward(
     mean: Tensor, log_var: Tensor, key: Tensor | None, noise: Tensor | None, keep: bool, fast: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    z, kl = torch.empty_like(mean), mean.new_empty(mean.shape[0], dtype=torch.float32)
+    z, kl = torch.empty_like(mean), _checks.per_sample(mean)
     kept = torch.empty_like(mean, dtype=torch.float32) if keep else None
     rows, event = _checks.as_rows(mean)
     if backend == "cpp":
@@ -98,7 +97,7 @@ _sample = _dispatch.raw_op(
     "reparameterize",
     f"({_ARGUMENTS}, bool fast, str backend) -> (Tensor, Tensor)",
     lambda mean, log_var, key, noise, fast, backend: _forward(mean, log_var, key, noise, False, fast, backend)[:2],
-    lambda mean, *_: (torch.empty_like(mean), mean.new_empty(mean.shape[0], dtype=torch.float32)),
+    lambda mean, *_: (torch.empty_like(mean), _checks.per_sample(mean)),
 )
 _sample_keeping_noise = _dispatch.raw_op(
     "reparameterize_fwd",
@@ -106,7 +105,7 @@ _sample_keeping_noise = _dispatch.raw_op(
     lambda mean, log_var, key, noise, fast, backend: _forward(mean, log_var, key, noise, True, fast, backend),
     lambda mean, *_: (
         torch.empty_like(mean),
-        mean.new_empty(mean.shape[0], dtype=torch.float32),
+        _checks.per_sample(mean),
         torch.empty_like(mean, dtype=torch.float32),
     ),
 )
@@ -142,7 +141,7 @@ class _Reparameterize(torch.autograd.Function):
         return z, kl
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
         mean, log_var, key, noise = ctx.saved_tensors
         grad_z = grad_z if grad_z is None else grad_z.contiguous()

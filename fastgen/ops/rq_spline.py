@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, softplus
 
 from fastgen.ops import _checks, _dispatch, _native
@@ -194,7 +193,7 @@ def _forward(
     zuko: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    y, log_det = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    y, log_det = torch.empty_like(x), _checks.per_sample(x)
     rows, event = _checks.as_rows(x)
     if backend == "cpp":
         _native.kernel("rq_spline_fwd")(
@@ -241,7 +240,7 @@ _transform = _dispatch.raw_op(
     "rq_spline",
     f"({_ARGUMENTS}, {_OPTIONS}) -> (Tensor, Tensor)",
     _forward,
-    lambda x, *_: (torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)),
+    lambda x, *_: (torch.empty_like(x), _checks.per_sample(x)),
 )
 _differentiate = _dispatch.raw_op(
     "rq_spline_bwd",
@@ -272,7 +271,7 @@ class _RQSpline(torch.autograd.Function):
         return _transform(x, widths, heights, derivatives, bound, inverse, zuko, backend)
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, grad_y: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_y = grad_y if grad_y is None else grad_y.contiguous()
         grad_log_det = grad_log_det if grad_log_det is None else grad_log_det.contiguous()

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.ops import _dispatch
 from fastgen.ops._spec import OpSpec
@@ -83,7 +82,7 @@ class _Sqrtm(torch.autograd.Function):
         return root
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _differentiate(*ctx.saved_tensors, grad)
 

@@ -39,7 +39,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen.ops import _dispatch
 from fastgen.ops._spec import OpSpec
@@ -338,7 +337,7 @@ class _TraceSqrtProduct(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         by = grad[..., None, None]
         grads = [(by * g).to(g.dtype) if g is not None else None for g in ctx.saved_tensors]
@@ -355,7 +354,7 @@ class _NuclearNorm(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
+    @_dispatch.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad * ctx.saved_tensors[0]
 

@@ -378,7 +378,10 @@ def _read_state(run_dir: RunDir | None, resume: bool, config: Mapping[str, Any])
         return None
     if not resume:
         step = checkpoint.read_meta(run_dir.state)["step"]
-        raise ValueError(f"{run_dir.path} holds a run at step {step}: resume it (resume=True), or choose another folder")
+        raise ValueError(
+            f"{run_dir.path} holds a run at step {step}: resume it (resume=True, fastgen train --resume {run_dir.path}), "
+            "or choose another folder"
+        )
     _check_same_run(run_dir, config)
     return checkpoint.read(run_dir.state)
 

@@ -9,9 +9,19 @@
 
 #include "../../csrc/kernels.h"
 
-namespace fastgen::HARNESS_ISA {
-extern const Table table;
-}
+// units.inc: UNIT(isa, op) for every unit that is linked in.
+#define UNIT(isa, op)             \
+  namespace fastgen::isa {        \
+  extern const Table op##_table;  \
+  }
+#include "units.inc"
+#undef UNIT
+
+static const fastgen::Table* const units[] = {
+#define UNIT(isa, op) &fastgen::isa::op##_table,
+#include "units.inc"
+#undef UNIT
+};
 
 template <class T>
 static T take() {
@@ -23,13 +33,13 @@ static T take() {
 // Request: name length, name, then per argument a letter and 8 bytes; for p the 8 bytes count the buffer's bytes (-1: null),
 // which follow. Answer: the buffers, in order.
 int main() {
-  const auto& table = fastgen::HARNESS_ISA::table;
   for (;;) {
     std::string name(take<int64_t>(), 0);
     if (fread(name.data(), 1, name.size(), stdin) != name.size()) return 1;
     const fastgen::Kernel* kernel = nullptr;
-    for (int i = 0; i < table.count; ++i)
-      if (name == table.kernels[i].name) kernel = &table.kernels[i];
+    for (const fastgen::Table* table : units)
+      for (int i = 0; i < table->count; ++i)
+        if (name == table->kernels[i].name) kernel = &table->kernels[i];
     if (!kernel) return 2;
     std::vector<fastgen::Argument> slots;
     std::vector<std::pair<char*, int64_t>> buffers;

@@ -1,16 +1,8 @@
-// Included by isa_*.cpp after FASTGEN_ISA is defined: all kernels in that namespace, and their table.
+// What the unit of an op needs to export its kernels: an entry per kernel that unpacks the array of 8-byte slots, and
+// FASTGEN_KERNELS, with which csrc/ops/<op>.h lists them.
+#pragma once
 #include "kernels.h"
-#include "ops/affine_coupling.h"
-#include "ops/denoise.h"
-#include "ops/diffuse.h"
-#include "ops/diffusion_loss.h"
-#include "ops/dynamic_threshold.h"
-#include "ops/lu_linear.h"
-#include "ops/moments.h"
-#include "ops/normal.h"
-#include "ops/reparameterize.h"
-#include "ops/rq_spline.h"
-#include "ops/uniform.h"
+#include "simd.h"
 
 FASTGEN_BEGIN
 
@@ -53,14 +45,7 @@ struct Unpack<F> {
   static void entry(const Argument* a) { call(a, typename MakeIndices<sizeof...(Args)>::type{}); }
 };
 
-#define KERNEL(function) {#function, Unpack<&function>::signature, &Unpack<&function>::entry},
-static const Kernel kernels[] = {
-#include "kernels.inc"
-};
-#undef KERNEL
-#define FASTGEN_TEXT_(x) #x
-#define FASTGEN_TEXT(x) FASTGEN_TEXT_(x)
-__attribute__((visibility("hidden"))) extern const Table table;
-const Table table = {FASTGEN_TEXT(FASTGEN_ISA), kernels, (int)(sizeof kernels / sizeof *kernels)};
+#define KERNEL(function) Kernel{#function, Unpack<&function>::signature, &Unpack<&function>::entry}
+#define FASTGEN_KERNELS(op, ...) static const Kernel op##_kernels[] = {__VA_ARGS__};
 
 FASTGEN_END

@@ -1,2 +1,0 @@
-#define FASTGEN_ISA avx2
-#include "isa.inc"

@@ -1,2 +1,0 @@
-#define FASTGEN_ISA avx512
-#include "isa.inc"

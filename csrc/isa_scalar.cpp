@@ -1,2 +1,0 @@
-#define FASTGEN_ISA scalar
-#include "isa.inc"
