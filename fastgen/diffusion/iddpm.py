@@ -3,8 +3,8 @@
     L = L_simple + w L_vlb,    L_vlb = KL(q(x_T | x_0) || N(0, I)) + sum_t KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) + L_0
 
 The network gives a second output v in about [-1, 1] beside the noise: log variance = log beta~ + (v + 1) / 2 (log beta - log
-beta~). L_vlb reaches v alone: the mean in it counts as a constant. L_0 is -log p(x_0 | x_1): of images the probability of their grey
-levels, of vectors a normal density.
+beta~). L_vlb reaches v alone: the mean in it counts as a constant. L_0 is -log p(x_0 | x_1): of images the probability of
+their grey levels, of vectors a normal density.
 
 Source: Nichol and Dhariwal (2021), "Improved denoising diffusion probabilistic models".
 """
@@ -124,7 +124,7 @@ class IDDPM(DDPM):
         first = (t == 0).view(-1, *[1] * (x.dim() - 1))
         return torch.where(first, last, divergence).flatten(1).mean(1)
 
-    def loss(self, batch: Batch, *, key: Tensor | None = None) -> IDDPMLoss:
+    def loss(self, batch: Batch, *, key: Tensor | None = None) -> IDDPMLoss:  # type: ignore[override]
         """The hybrid loss at one time and one draw of the noise per sample."""
         x, y = split_batch(batch)
         key = random.fresh_key(x.device) if key is None else key

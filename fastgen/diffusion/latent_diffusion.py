@@ -78,6 +78,7 @@ class LatentDiffusion(Model):
         channel = (shape[0], *[1] * (len(shape) - 1))
         self.latent_mean: Tensor
         self.latent_std: Tensor
+        self.batches: Tensor
         self.register_buffer("latent_mean", torch.zeros(channel))
         self.register_buffer("latent_std", torch.ones(channel))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
@@ -143,8 +144,8 @@ class LatentDiffusion(Model):
 
     def _follow(self, z: Tensor) -> None:
         """Move the running mean and deviation towards those of a batch."""
-        self.batches += 1
-        weight = (1 / self.batches).clamp(min=_MOMENTUM)  # a plain average at first
+        self.batches.add_(1)
+        weight = self.batches.reciprocal().clamp(min=_MOMENTUM)  # a plain average at first
         dims = [0, *range(2, z.dim())]
         mean = z.mean(dims, keepdim=True)[0]
         self.latent_mean.lerp_(mean, weight)
@@ -154,5 +155,5 @@ class LatentDiffusion(Model):
 
     @torch.no_grad()
     @functools.wraps(DDPM.sample)  # its options
-    def sample(self, n: int, *, key: Tensor | None = None, **options: Any) -> Tensor:
+    def sample(self, n: int, *, key: Tensor | None = None, **options: Any) -> Tensor:  # type: ignore[override]
         return self.decode(self.prior.sample(n, key=key, **options))

@@ -19,11 +19,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastgen import ops, random
+from fastgen import random
 from fastgen._extras import require
 from fastgen.diffusion.model import DiffusionModel
 from fastgen.diffusion.schedules import estimate_rows
 from fastgen.nn.divergence import divergence, rademacher
+from fastgen.nn.pixels import dequantize
 from fastgen.random import Stream
 
 __all__ = ["probability_flow_log_prob"]
@@ -67,8 +68,8 @@ def probability_flow_log_prob(
     key = random.fresh_key(x.device) if key is None else key
     inside = 0.0  # log |d inside / d outside| of the range
     if model.is_image:
-        u = ops.uniform(tuple(x.shape), random.at(key, stream=Stream.DATA))
-        x, inside = model.encode_range((255 * x + u) / 256), size * math.log(2)
+        x = model.encode_range(dequantize(x, 256, random.at(key, stream=Stream.DATA)))
+        inside = size * math.log(2)
     probe = rademacher(tuple(x.shape), key) if trace == "hutchinson" else None
 
     def slope(log_ratio: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,8 @@ class OpSpec:
         backends: the fused backends that the op has kernels for; none where libraries under PyTorch do all the work.
         shapes: (rows, event) of the benchmark, from latency-bound to memory-bound.
         bytes_moved: ``(inputs, mode)`` -> bytes a perfect kernel reads and writes; mode "fwd" or "fwdbwd".
+        operations: ``(inputs, mode)`` -> additions and multiplications that the op takes, where they and not the bytes are its
+            limit.
         dtypes: storage types of the fused backends.
         gradient_precision: precision class of the gradients.
         double_backward: the gradients have gradients of their own, as penalties on gradients need.
@@ -53,6 +55,7 @@ class OpSpec:
     event_ranks: tuple[int, ...] = (0, 1, 3)
     sizes: tuple[int, ...] | None = None
     backends: tuple[str, ...] = ("triton", "cpp")
+    operations: Callable[[dict[str, Any], str], int] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     gradient_precision: str = "elementwise"
     double_backward: bool = False

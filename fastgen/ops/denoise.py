@@ -474,6 +474,7 @@ def _example_inputs(
     device: str = "cpu",
     generator: torch.Generator | None = None,
     per_sample: bool = False,
+    deterministic: bool = False,
     history: int = 1,
     guidance: str | None = None,
     clamp: float | tuple[float, float] | None = None,
@@ -493,6 +494,8 @@ def _example_inputs(
     coefficients = table(1.3, -0.8, 0.6, 0.4, 0.3, *(0.2 * (-0.5) ** h for h in range(history)))
     if per_sample:
         coefficients[::3, 4] = 0
+    if deterministic:
+        coefficients[..., 4] = 0
     model_dtype = torch.bfloat16 if bfloat16_model and dtype is torch.float32 else dtype
     inputs: dict[str, Any] = {
         "x": draw(rows, *event).to(dtype),
@@ -533,6 +536,7 @@ SPEC = OpSpec(
     example_inputs=_example_inputs,
     flags={
         "per_sample": (False, True),
+        "deterministic": (False, True),
         "history": (1, 0, 3),
         "guidance": (None, "number", "tensor"),
         "clamp": (None, 1.0, (-0.5, 2.0)),

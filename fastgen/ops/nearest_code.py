@@ -242,11 +242,15 @@ def _example_inputs(
 
 
 def _bytes_moved(inputs: dict[str, Any], mode: str) -> int:
-    # forward: z, codebook -> index, distance; backward: z, codebook, index, ddistance -> two gradients. Bound by arithmetic,
-    # 2 N K D operations
+    # forward: z, codebook -> index, distance; backward: z, codebook, index, ddistance -> two gradients
     z, codebook = inputs["z"], inputs["codebook"]
     rows, moved = z.numel() // max(1, z.shape[-1]), z.nbytes + codebook.nbytes
     return moved + 12 * rows + (0 if mode == "fwd" else 2 * moved + 12 * rows)
+
+
+def _operations(inputs: dict[str, Any], mode: str) -> int:
+    # the scores of all codes; gradients are a few per element
+    return 2 * inputs["z"].numel() * len(inputs["codebook"])
 
 
 SPEC = OpSpec(
@@ -262,5 +266,6 @@ SPEC = OpSpec(
     sizes=(0, 1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 64, 65, 127, 300),
     shapes=((256, (16,)), (2048, (32,)), (16384, (64,))),
     bytes_moved=_bytes_moved,
+    operations=_operations,
     gradient_precision="reduction",
 )

@@ -108,7 +108,8 @@ class Pictures:
         self._can_sample = type(model).sample is not Model.sample and (
             self._has("PIL", "samples were") if is_image else shape == (2,) and self._can_plot
         )
-        if self._can_sample and getattr(model.config, "context", 0):
+        context: Any = getattr(model.config, "context", 0)
+        if self._can_sample and context:
             self.notes.append("samples were not drawn: they need a context")
             self._can_sample = False
 

@@ -86,7 +86,7 @@ def test_overfits_a_few_points(case):
     [
         ("nsf", {"layers": 4, "bins": 8, "hidden": (64, 64)}, "moons", 0.05),
         ("realnvp", {"layers": 8, "hidden": (64, 64)}, "moons", 0.1),
-        ("maf", {"layers": 8, "hidden": (64, 64)}, "moons", 0.1),
+        ("maf", {"layers": 10, "hidden": (64, 64)}, "moons", 0.1),
     ],
 )
 def test_reaches_the_entropy_of_a_toy_density(name, options, density, nats):
