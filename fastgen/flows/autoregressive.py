@@ -1,6 +1,10 @@
-"""Autoregressive layers: each element is mapped with parameters that a masked network finds from the elements before it.
+"""Autoregressive layers: each element is mapped with parameters that a masked network sets from those before it.
 
+<<<<<<< HEAD
+One pass of the network maps a batch. The inverse is found by one of three methods with the same result:
+=======
 One pass of the network maps a batch. The inverse finds one element after the other, by one of three methods with one result:
+>>>>>>> main
 
     incremental   each step computes the hidden units that its element newly makes known, and no other: in all, one pass
     jacobi        x <- f^-1(y; network(x)), all elements at once, until nothing changes: at most D passes, fewer where

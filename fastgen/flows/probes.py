@@ -14,7 +14,7 @@ from fastgen import ops, random
 
 __all__ = ["jacobian", "of_layer", "push", "rademacher"]
 
-_ODD = 0x9E3779B97F4A7C15 - (1 << 64)
+_ODD = 0x9E3779B97F4A7C15
 
 
 def rademacher(shape: tuple[int, ...], key: Tensor, dtype: torch.dtype) -> Tensor:
@@ -27,7 +27,7 @@ def of_layer(key: Tensor | None, index: int, device: torch.device) -> Tensor:
     if key is None:
         return random.fresh_key(device)
     key = random.at(key, stream=random.Stream.PROBE)
-    key[..., 0] += index * _ODD
+    key[..., 0] += (index * _ODD + (1 << 63)) % (1 << 64) - (1 << 63)
     return key
 
 
