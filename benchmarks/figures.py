@@ -41,6 +41,9 @@ class Figure:
 _RANDN = ("torch.randn",)
 _GENERATORS = ("diffusers randn_tensor, one generator a sample",)
 _EAGER, _COMPILED = ("eager PyTorch",), ("torch.compile of it",)
+_REFERENCE = ("reference",)
+_GROUP_NORM = ("group_norm_silu", 8, (256, 32, 32), _EAGER + _COMPILED)
+_LAST = (("channels_last", True),)
 _IMAGES = (3, 32, 32)
 _DDPM = (("history", 0), ("clamp", 1.0))
 _DDIM = (("history", 0), ("deterministic", True))
@@ -99,5 +102,27 @@ FIGURES = (
         "moments 8192x2048, added to a state", "moments", 8192, (2048,), ("torchmetrics' update, float64",), 3, 1.8,
         flags=(("streaming", True),),
     ),
+    Figure("upfirdn2d up 2, 4x64x64x64", "upfirdn2d", 4, (64, 64, 64), _REFERENCE, 8, 4),
+    Figure("upfirdn2d up 2, 4x64x64x64, forward + backward", "upfirdn2d", 4, (64, 64, 64), _REFERENCE, 8, 4, mode="fwdbwd"),
+    Figure("upfirdn2d up 2, 4x64x64x64, channels last", "upfirdn2d", 4, (64, 64, 64), _REFERENCE, 8, 4, flags=_LAST),
+    Figure("upfirdn2d up 2, 4x64x64x64", "upfirdn2d", 4, (64, 64, 64), ("depthwise conv_transpose2d",), 8, 4),
+    Figure("bias_act lrelu 4x64x64x64", "bias_act", 4, (64, 64, 64), _EAGER, 2.5),
+    Figure("bias_act lrelu 4x64x64x64, forward + backward", "bias_act", 4, (64, 64, 64), _EAGER, 2.5, mode="fwdbwd"),
+    Figure("bias_act lrelu 4x64x64x64", "bias_act", 4, (64, 64, 64), _COMPILED, 1.0),
+    Figure(
+        "group_norm_silu 8x256x16x16, bfloat16, channels last",
+        "group_norm_silu",
+        8,
+        (256, 16, 16),
+        _EAGER,
+        10,
+        6,
+        flags=_LAST,
+        dtype="bfloat16",
+    ),
+    Figure("group_norm_silu 8x256x32x32", *_GROUP_NORM, 3, 1.8),
+    Figure("group_norm_silu 8x256x32x32, channels last", *_GROUP_NORM, 3, 1.8, flags=_LAST),
+    Figure("group_norm_silu 8x256x32x32, forward + backward", *_GROUP_NORM, 3, 1.8, mode="fwdbwd"),
+    Figure("group_norm_silu 8x256x32x32, channels last, forward + backward", *_GROUP_NORM, 3, 1.8, mode="fwdbwd", flags=_LAST),
 )
 # fmt: on

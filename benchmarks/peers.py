@@ -293,11 +293,82 @@ def _check_choice(index: Tensor, inputs: dict[str, Any]) -> None:
         raise ParityError("some codes are not the nearest")
 
 
+def _eager_bias_act(x: Tensor, b: Tensor | None, dim: int, act: str, clamp: float | None) -> Tensor:
+    """As StyleGAN's ports without a kernel have it: one operation after the other."""
+    from fastgen.ops.bias_act import ACTIVATIONS
+
+    if b is not None:
+        x = x + b.reshape([-1 if i == dim else 1 for i in range(x.dim())])
+    x = ACTIVATIONS[act].function(x, 0.2)
+    if ACTIVATIONS[act].gain != 1:
+        x = x * ACTIVATIONS[act].gain
+    return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+@functools.cache
+def _compiled_bias_act() -> Callable[..., Any]:
+    return torch.compile(_eager_bias_act, dynamic=False)
+
+
+def _bias_act(function: Callable[[], Callable[..., Any]]) -> Callable[[dict[str, Any], str], Callable[[], Any]]:
+    return lambda inputs, mode: bind(function(), inputs, mode, ("x", "b"))
+
+
+def _transposed_convolution(
+    x: Tensor, f: Tensor, up: int, padding: tuple[int, int, int, int], gain: float = 1, flip_filter: bool = False
+) -> Tensor:
+    """Upsampling as PyTorch does it best: a depthwise transposed convolution, then a crop."""
+    weight = gain * (torch.outer(f, f) if f.dim() == 1 else f)
+    weight = weight.flip(0, 1) if flip_filter else weight
+    # its output begins where the filter meets the first pixel: len(f) - 1 pixels before ours without padding
+    (height, width), (x0, x1, y0, y1) = weight.shape, padding
+    y = torch.nn.functional.conv_transpose2d(x, weight.expand(x.shape[1], 1, -1, -1), stride=up, groups=x.shape[1])
+    sides = [x0 - width + 1, x1 - width + up, y0 - height + 1, y1 - height + up]
+    return torch.nn.functional.pad(y, sides)
+
+
+def _eager_group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = "silu",
+) -> Tensor:
+    """As U-Nets have it."""
+    z = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
+    ones = (1,) * (x.dim() - 2)
+    if scale is not None:
+        z = z * (1 + scale.reshape(*scale.shape, *ones))
+    if shift is not None:
+        z = z + shift.reshape(*shift.shape, *ones)
+    return torch.nn.functional.silu(z) if activation else z
+
+
+@functools.cache
+def _compiled_group_norm() -> Callable[..., Any]:
+    return torch.compile(_eager_group_norm, dynamic=False)
+
+
+def _group_norm(function: Callable[[], Callable[..., Any]]) -> Callable[[dict[str, Any], str], Callable[[], Any]]:
+    return lambda inputs, mode: bind(function(), inputs, mode, ("x", "weight", "bias", "scale", "shift"))
+
+
 PEERS: dict[str, list[Peer]] = {
     **diffusion_peers.PEERS,
     "affine_coupling": [
         Peer("eager PyTorch", _coupling(lambda: _eager_coupling)),
         Peer("torch.compile of it", _coupling(_compiled_coupling)),
+    ],
+    "bias_act": [
+        Peer("eager PyTorch", _bias_act(lambda: _eager_bias_act)),
+        Peer("torch.compile of it", _bias_act(_compiled_bias_act)),
+    ],
+    "group_norm_silu": [
+        Peer("eager PyTorch", _group_norm(lambda: _eager_group_norm)),
+        Peer("torch.compile of it", _group_norm(_compiled_group_norm)),
     ],
     "lu_linear": [Peer("eager PyTorch", _lu_linear)],
     "codebook_step": [Peer("vector-quantize-pytorch", _vq_step, _check_vq_step, modes=("fwd",))],
@@ -333,6 +404,13 @@ PEERS: dict[str, list[Peer]] = {
         ),
     ],
     "uniform": [Peer("torch.rand", _torch_rand, _check_rand)],
+    "upfirdn2d": [
+        Peer(
+            "depthwise conv_transpose2d",
+            lambda inputs, mode: bind(_transposed_convolution, inputs, mode, ("x",)),
+            when=lambda flags: flags.get("resampling", "up 2") == "up 2",
+        ),
+    ],
     "reparameterize": [
         Peer(
             "eager PyTorch",

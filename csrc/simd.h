@@ -217,7 +217,7 @@ INLINE vf larger(vf a, vf b) {  // b where either is NaN
 
 INLINE vf reciprocal(vf a) {  // of normal numbers: 1 / a to 1 ulp, without the divider where that is slow
 #if defined(__AVX512F__)
-  const vf guess = (vf)_mm512_rcp14_ps((__m512)a);
+  const vf guess = (vf)_mm512_maskz_rcp14_ps((__mmask16)-1, (__m512)a);
   return fma(fma(-a, guess, splat(1.0f)), guess, guess);
 #else
   return 1.0f / a;
@@ -366,6 +366,41 @@ INLINE void store_columns4(float* p, int64_t stride, vf a, vf b, vf c, vf d) {
   }
 }
 
+// a0 b0 a1 b1 ... as two vectors, and back.
+INLINE void interleave(vf a, vf b, vf& low, vf& high) {
+#if defined(__AVX512F__)
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low = (vf)_mm512_permutex2var_ps((__m512)a, first, (__m512)b);
+  high = (vf)_mm512_permutex2var_ps((__m512)a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), (__m512)b);
+#elif defined(__AVX2__)
+  const __m256 even = _mm256_unpacklo_ps((__m256)a, (__m256)b), odd = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  low = (vf)_mm256_permute2f128_ps(even, odd, 0x20);
+  high = (vf)_mm256_permute2f128_ps(even, odd, 0x31);
+#elif defined(FASTGEN_NEON)
+  low = (vf)vzip1q_f32((float32x4_t)a, (float32x4_t)b);
+  high = (vf)vzip2q_f32((float32x4_t)a, (float32x4_t)b);
+#else
+  low = a, high = b;
+#endif
+}
+INLINE void deinterleave(vf low, vf high, vf& a, vf& b) {
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  a = (vf)_mm512_permutex2var_ps((__m512)low, even, (__m512)high);
+  b = (vf)_mm512_permutex2var_ps((__m512)low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), (__m512)high);
+#elif defined(__AVX2__)
+  const __m256 one = _mm256_permute2f128_ps((__m256)low, (__m256)high, 0x20);
+  const __m256 two = _mm256_permute2f128_ps((__m256)low, (__m256)high, 0x31);
+  a = (vf)_mm256_shuffle_ps(one, two, 0x88);
+  b = (vf)_mm256_shuffle_ps(one, two, 0xDD);
+#elif defined(FASTGEN_NEON)
+  a = (vf)vuzp1q_f32((float32x4_t)low, (float32x4_t)high);
+  b = (vf)vuzp2q_f32((float32x4_t)low, (float32x4_t)high);
+#else
+  a = low, b = high;
+#endif
+}
+
 // Which quartet each lane computes so that transpose4 leaves the elements in order: lane 4g + k holds k * LANES / 4 + g.
 INLINE vu quartet_of_lane() {
 #ifdef FASTGEN_ONE_LANE
@@ -415,7 +450,15 @@ INLINE void store_float(bf16* p, vf x) { narrow(x, *p); }
 INLINE void store_float(f16* p, vf x) { narrow(x, *p); }
 #else
 using vh = uint16_t __attribute__((vector_size(2 * LANES)));
-INLINE vf load_float(const bf16* p) { return bits<vf>(__builtin_convertvector(load<vh>(p), vu) << 16); }
+INLINE vf load_float(const bf16* p) {  // GCC 12 widens in halves
+#if defined(__AVX512F__)
+  return bits<vf>((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+  return bits<vf>((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
+  return bits<vf>(__builtin_convertvector(load<vh>(p), vu) << 16);
+#endif
+}
 INLINE void store_float(bf16* p, vf x) {
   const vu u = bits<vu>(x);
   const vu rounded = (u + 0x7FFFu + (u >> 16 & 1u)) >> 16, nan = u >> 16 | 0x40u;

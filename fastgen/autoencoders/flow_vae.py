@@ -72,7 +72,8 @@ class FlowVAE(VAE):
     def draw(self, x: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z_K of each x, and the divergence at this draw in nats [N]."""
         encoded = self.encoder(x)
-        start, kl = ops.reparameterize(*encoded[:, : 2 * self.config.latent].chunk(2, 1), key)
+        mean, log_var = encoded[:, : 2 * self.config.latent].chunk(2, 1)
+        start, kl = ops.reparameterize(mean, log_var, key)
         z, log_det = self._transform(encoded, start)
         return z, kl + (z.square() - start.square()).sum(1) / 2 - log_det
 

@@ -136,6 +136,7 @@ class DiffusionModel(Model):
     target: Target
     network: nn.Module
     learned_variance: bool = False
+    _last: tuple[tuple[object, ...], Plan, Table] | None = None
     time_scale: ClassVar[float] = 1.0
     """Schedule's time times this is what the network is told."""
 
@@ -286,13 +287,9 @@ class DiffusionModel(Model):
         sampler = self.config.sampler if sampler is None else sampler
         learned = "learned" if self.learned_variance and sampler == "ddpm" else None
         method = make_sampler(sampler, eta=eta, variance=variance or learned, order=order, churn=churn)
-        grid = self.grid(method, steps, spacing, compat)
-        if init is not None:
-            if not 0 < strength <= 1:
-                raise ValueError(f"strength must be in (0, 1], got {strength}")
-            grid = grid.tail(max(1, round(strength * len(grid.time))))
-        plan = method.plan(grid) if compat is None else upstream_plan(method, grid)
-        table = self.table(plan)
+        if init is not None and not 0 < strength <= 1:
+            raise ValueError(f"strength must be in (0, 1], got {strength}")
+        plan, table = self._prepared(method, steps, spacing, compat, 1.0 if init is None else strength)
         limit, adjust = self._limits(method, clamp, threshold, adjust)
         x = self._start(n, key, plan, init)
         classes = self.sampling_labels(labels, n, key)
@@ -308,6 +305,24 @@ class DiffusionModel(Model):
 
         x = run(network, x, table, key, guidance=guidance, clamp=limit, noise=noise, adjust=adjust, callback=callback)
         return self.decode_range(x)
+
+    def _prepared(
+        self,
+        method: Sampler,
+        steps: int | Sequence[float] | None,
+        spacing: Spacing | None,
+        compat: Literal["diffusers"] | None,
+        strength: float,
+    ) -> tuple[Plan, Table]:
+        """The plan and its table on the device; those of the last call are kept, as runs go batch by batch."""
+        times = steps if steps is None or isinstance(steps, int) else tuple(float(t) for t in steps)
+        asked = (self.schedule, self.target, self.device, method, times, spacing, compat, strength)
+        if self._last is None or self._last[0] != asked:
+            grid = self.grid(method, times, spacing, compat)
+            grid = grid.tail(max(1, round(strength * len(grid.time))))
+            plan = method.plan(grid) if compat is None else upstream_plan(method, grid)
+            self._last = asked, plan, self.table(plan)
+        return self._last[1], self._last[2]
 
     def _start(self, n: int, key: Tensor, plan: Plan, init: Tensor | None) -> Tensor:
         alpha, sigma = plan.alpha[0], plan.sigma[0]

@@ -17,7 +17,8 @@ evaluation of the network, in float64. :mod:`fastgen.diffusion.loop` runs them. 
 
 Sources: Ho et al. (2020), algorithm 2; Nichol and Dhariwal (2021), eq. 15; Song et al. (2021), "Denoising diffusion implicit
 models", eq. 12 and 16; Karras et al. (2022), algorithms 1 and 2; Lu et al. (2022), "DPM-Solver++", algorithm 2 and its SDE
-form; Zhao et al. (2023), "UniPC", algorithms 5 to 8; Crowson (2022), k-diffusion (ancestral Euler, linear multistep).
+form; Song et al. (2021), "Score-based generative modeling through stochastic differential equations", algorithms 2 to 5; Zhao
+et al. (2023), "UniPC", algorithms 5 to 8; Crowson (2022), k-diffusion (ancestral Euler, linear multistep).
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +49,7 @@ __all__ = [
     "EulerAncestral",
     "Heun",
     "Plan",
+    "PredictorCorrector",
     "Sampler",
     "UniPC",
     "make_sampler",
@@ -164,6 +168,39 @@ class EulerAncestral(DDIM):
 
 
 @dataclasses.dataclass(frozen=True)
+class PredictorCorrector(Sampler):
+    """Steps of Langevin dynamics at each level, then an ancestral step to the next.
+
+    A Langevin step of size e moves x by e * score + sqrt(2 e) z. Here e = 2 snr^2 sigma^2, which is the published rule with the
+    norms of noise and score at their expectations, so that no sample depends on another; and the noise is scaled such that a
+    step leaves the level exactly as it is.
+
+    Args:
+        snr: signal-to-noise ratio r of a Langevin step.
+        corrections: how many of them at each level.
+    """
+
+    snr: float = 0.16
+    corrections: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.snr < 1:
+            raise ValueError(f"snr must be in (0, 1), got {self.snr}")
+        if self.corrections < 0:
+            raise ValueError(f"corrections must not be negative, got {self.corrections}")
+
+    def plan(self, grid: Grid) -> Plan:
+        share = 2 * self.snr**2
+        corrector = torch.stack(
+            [torch.full_like(grid.alpha, 1 - share), share * grid.alpha, grid.sigma * math.sqrt(1 - (1 - share) ** 2)], 1
+        )
+        evaluations = self.corrections + 1
+        rows = torch.stack([corrector] * self.corrections + [DDIM(eta=1.0).plan(grid).rows], 1).flatten(0, 1)
+        time, alpha, sigma = (v.repeat_interleave(evaluations) for v in (grid.time, grid.alpha, grid.sigma))
+        return Plan(time, torch.cat([alpha, grid.next_alpha[-1:]]), torch.cat([sigma, grid.next_sigma[-1:]]), rows)
+
+
+@dataclasses.dataclass(frozen=True)
 class Euler(Sampler):
     """Euler's method on the probability flow, with EDM's churn.
 
@@ -255,11 +292,12 @@ class LMS(Sampler):
         return _plan(grid, torch.stack([next_scale / scale, newest, torch.zeros_like(scale), *older], 1), of="slope")
 
 
+_gauss_legendre = functools.cache(np.polynomial.legendre.leggauss)
+
+
 def _lagrange_integrals(nodes: list[float], low: float, high: float) -> list[float]:
     """Integrals from low to high of the Lagrange polynomials on the nodes; exact, by Gauss-Legendre quadrature."""
-    import numpy as np
-
-    points, quadrature = np.polynomial.legendre.leggauss(len(nodes) // 2 + 1)
+    points, quadrature = _gauss_legendre(len(nodes) // 2 + 1)
     at = 0.5 * (high - low) * points + 0.5 * (high + low)
     out = []
     for j, node in enumerate(nodes):
@@ -376,6 +414,7 @@ SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
     "heun": (Heun, {}),
     "edm": (Heun, {"churn": 40.0, "churn_min": 0.05, "churn_max": 50.0, "churn_noise": 1.003}),
     "lms": (LMS, {}),
+    "pc": (PredictorCorrector, {}),
     "dpmpp_2m": (DPMSolver, {}),
     "dpmpp_2m_sde": (DPMSolver, {"stochastic": True}),
     "unipc": (UniPC, {}),

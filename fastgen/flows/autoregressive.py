@@ -1,6 +1,6 @@
-"""Autoregressive layers: every element is mapped with parameters that a masked network computes from the elements before it.
+"""Autoregressive layers: each element is mapped with parameters that a masked network finds from the elements before it.
 
-One pass of the network maps a batch. The inverse finds one element after the other, by one of three methods with the same result:
+One pass of the network maps a batch. The inverse finds one element after the other, by one of three methods with one result:
 
     incremental   each step computes the hidden units that its element newly makes known, and no other: in all, one pass
     jacobi        x <- f^-1(y; network(x)), all elements at once, until nothing changes: at most D passes, fewer where
@@ -70,7 +70,7 @@ class Autoregressive(SearchedInverse):
         return self._ordered(x), ladj
 
     def _walk(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, total = torch.empty_like(y), 0
+        x, total = torch.empty_like(y), y.new_zeros(len(y))
         for d, parameters in enumerate(self.network.walk(x, context)):
             element, ladj = self.elementwise(y[:, d : d + 1], parameters, inverse=True)
             x[:, d : d + 1] = element

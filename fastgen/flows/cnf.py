@@ -2,12 +2,12 @@
 
     d log|det| / dt = tr df/dx
 
-The trace is exact, by D forward derivatives in one batch, or Hutchinson's estimate v^T (df/dx) v with signs v that stay the same
-during a solve and are a function of a key, not stored. Gradients go through the solver's steps, or solve the adjoint equation,
-whose memory does not grow with them.
+The trace is exact, by D forward derivatives in one batch, or Hutchinson's estimate v^T (df/dx) v with signs v that stay the
+same during a solve and are a function of a key. Gradients go through the solver's steps, or solve the adjoint equation, whose
+memory does not grow with them.
 
-Sources: Chen, Rubanova, Bettencourt and Duvenaud (2018), "Neural ordinary differential equations"; Grathwohl, Chen, Bettencourt,
-Sutskever and Duvenaud (2019), "FFJORD: free-form continuous dynamics for scalable reversible generative models".
+Sources: Chen, Rubanova, Bettencourt and Duvenaud (2018), "Neural ordinary differential equations"; Grathwohl, Chen,
+Bettencourt, Sutskever and Duvenaud (2019), "FFJORD: free-form continuous dynamics for scalable reversible generative models".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastgen._extras import require
 from fastgen.flows.flow import Context, Flow, FlowConfig
-from fastgen.flows.probes import of_layer, rademacher
+from fastgen.flows.probes import jacobian, of_layer, push, rademacher
 from fastgen.flows.transform import Bijection
 from fastgen.nn.conditioner import LIMIT
 from fastgen.registry import register
@@ -95,15 +95,14 @@ class _Dynamics(nn.Module):
         if not self.trace:
             return self.field(t, x, c), torch.zeros_like(total), *still
 
-        def push(v: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.func.jvp(lambda x: self.field(t, x, c), (x,), (v.expand_as(x),))
+        def velocity(x: Tensor) -> Tensor:
+            return self.field(t, x, c)
 
         if self.probe is not None:
-            velocity, pushed = push(self.probe)
-            return velocity, (self.probe * pushed).sum(1), *still
-        basis = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        velocity, columns = torch.func.vmap(push, out_dims=(None, 0))(basis)
-        return velocity, columns.diagonal(dim1=0, dim2=2).sum(1), *still
+            f, pushed = push(velocity, x, self.probe)
+            return f, (self.probe * pushed).sum(1), *still
+        f, matrix = jacobian(velocity, x)
+        return f, matrix.diagonal(dim1=1, dim2=2).sum(1), *still
 
 
 class ContinuousFlow(Bijection):
@@ -142,11 +141,13 @@ class ContinuousFlow(Bijection):
         if self.with_log_det and self.trace == "hutchinson":
             probe = rademacher(tuple(x.shape), of_layer(self.key, 0, x.device), x.dtype)
         dynamics = _Dynamics(self.field, probe, trace=self.with_log_det)
-        state = (x, x.new_zeros(len(x)), *(() if context is None else (context,)))
+        # far out the velocity is below rounding, and the solver's polynomials would overflow
+        near = x.clamp(-LIMIT, LIMIT)
+        state = (near, x.new_zeros(len(x)), *(() if context is None else (context,)))
         tolerance = max(self.tolerance, 10 * torch.finfo(x.dtype).eps)
         solve = solvers.odeint_adjoint if self.adjoint and torch.is_grad_enabled() else solvers.odeint
         path = solve(dynamics, state, x.new_tensor(times), rtol=tolerance, atol=tolerance, method=self.solver)
-        return path[0][-1], path[1][-1]
+        return path[0][-1] + (x - near), path[1][-1]
 
     def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._solve(x, context, (0.0, 1.0))

@@ -26,6 +26,7 @@ from fastgen.flows.base import BASES
 from fastgen.flows.diagnose import Report, diagnose
 from fastgen.flows.transform import Bijection, Compose, GivenContext
 from fastgen.nn.model import Batch, Config, Model, split_batch
+from fastgen.nn.pixels import dequantize, quantize
 
 __all__ = ["Context", "Flow", "FlowConfig", "FlowDistribution", "FlowLoss", "ImageFlowLoss"]
 
@@ -148,7 +149,7 @@ class Flow(Model):
         return FlowDistribution(self, self._context(context))
 
     def _dequantized(self, x: Tensor, key: Tensor | None) -> Tensor:
-        return images.dequantize(x, self.config.grey_levels, key) if self.config.is_image and self.config.grey_levels else x
+        return dequantize(x, self.config.grey_levels, key) if self.config.is_image and self.config.grey_levels else x
 
     def log_prob(self, x: Tensor, context: Context | None = None, *, key: Tensor | None = None) -> Tensor:
         """log p(x | context) in nats, for x [N, *event_shape]: [N].
@@ -181,7 +182,7 @@ class Flow(Model):
         if z.dim() != 2 or z.shape[1] != self.features:
             raise ValueError(f"z must be [N, {self.features}], got {list(z.shape)}")
         x = self.invert(z, self._context(context, len(z)))
-        return images.quantize(x, self.config.grey_levels) if self.config.is_image and self.config.grey_levels else x
+        return quantize(x, self.config.grey_levels) if self.config.is_image and self.config.grey_levels else x
 
     def invert(self, z: Tensor, context: Tensor | None) -> Tensor:
         """t.inv(z) for z [N, D] and context [N, C] or None; without gradients, a cache's worth of samples at a time."""
@@ -269,7 +270,7 @@ class FlowDistribution(Distribution):
         """Draws as :meth:`rsample`, and their log-densities [*sample_shape, *batch_shape] from the same pass."""
         shape = (*sample_shape, *self.batch_shape)
         z = self._noise(shape, key)
-        x, ladj = self.transform.inv_and_ladj(z.reshape(*shape, -1))
+        x, ladj = self.transform.inv_and_ladj(z.reshape(*shape, self._flow.features))
         return x, self._flow.base.log_prob(z).reshape(shape) - ladj
 
     def _noise(self, shape: tuple[int, ...], key: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """Images for flows: grey levels to real numbers and back, and reshaping without loss.
 
-An image x in [0, 1] of L grey levels holds integers k = x (L - 1). Dequantised it is v = (k + u) / L with u uniform on (0, 1),
-so that E log2 p(v) - log2 L bounds the log-probability of a pixel from below, in bits: what bits/dim of a flow are. Pixels v
-then go to the real line by :class:`Logit`, or are centred by :class:`Centre`.
+An image x in [0, 1] of L grey levels holds integers k = x (L - 1). Dequantised (:mod:`fastgen.nn.pixels`) it is
+v = (k + u) / L with u uniform on (0, 1), so that E log2 p(v) - log2 L bounds the log-probability of a pixel from below, in
+bits: what bits/dim of a flow are. Pixels v then go to the real line by :class:`Logit`, or are centred by :class:`Centre`.
 
 Sources: Theis, van den Oord and Bethge (2016), "A note on the evaluation of generative models"; Dinh, Sohl-Dickstein and Bengio
 (2017), "Density estimation using Real NVP", section 4.1 (logit) and figure 3 (squeeze).
@@ -17,28 +17,10 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from fastgen import ops
 from fastgen.flows.transform import Bijection
 from fastgen.nn.conditioner import LIMIT
 
-__all__ = ["Centre", "Flatten", "Logit", "Squeeze", "dequantize", "pixels", "quantize"]
-
-
-def dequantize(x: Tensor, levels: int, key: Tensor | None = None) -> Tensor:
-    """Grey levels x in [0, 1] to v in (0, 1): each spread evenly over its share of 1 / levels.
-
-    Args:
-        x: [N, ...].
-        levels: how many grey levels there are; 256 for 8 bits.
-        key: of the noise, see :mod:`fastgen.random`; None draws from PyTorch's generator.
-    """
-    u = ops.uniform(tuple(x.shape), key, dtype=x.dtype, device=x.device if key is None else None)
-    return (x * (levels - 1) + u) / levels
-
-
-def quantize(v: Tensor, levels: int) -> Tensor:
-    """The grey level in [0, 1] that v lies in; values outside (0, 1) go to the nearest."""
-    return (v * levels).floor().clamp(0, levels - 1) / (levels - 1)
+__all__ = ["Centre", "Flatten", "Logit", "Squeeze", "pixels"]
 
 
 class Logit(Bijection):

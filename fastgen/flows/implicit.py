@@ -1,7 +1,7 @@
 """Gradients through inverses that are found by search: by the implicit function theorem.
 
-With y = t(x; theta) of Jacobian J and l = -log |det J| the log-determinant of the inverse, a loss with gradients g in x and h in
-l has, at fixed y,
+With y = t(x; theta) of Jacobian J and l = -log |det J| the log-determinant of the inverse, a loss with gradients g in x and h
+in l has
 
     u = g - h d log|det J| / dx,    v = J^-T u,    dL/dy = v,    dL/dtheta = -v^T dt/dtheta - h d log|det J| / dtheta
 

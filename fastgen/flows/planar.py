@@ -1,7 +1,7 @@
 """Planar and radial flows: many simple residual maps, each bending space along a plane or around a point.
 
-The maps are those of :mod:`fastgen.nn.residual_maps`, with parameters that are learned, or that a context sets. As posteriors of
-an autoencoder they are in :mod:`fastgen.autoencoders.flow_vae`.
+The maps are those of :mod:`fastgen.nn.residual_maps`, with parameters that are learned, or moved by a context. As posteriors
+of an autoencoder they are in :mod:`fastgen.autoencoders.flow_vae`.
 """
 
 from __future__ import annotations

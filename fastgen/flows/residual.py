@@ -27,7 +27,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from fastgen.flows.flow import Context, Flow, FlowConfig
 from fastgen.flows.implicit import SearchedInverse
-from fastgen.flows.probes import of_layer, rademacher
+from fastgen.flows.probes import jacobian, of_layer, rademacher
 from fastgen.flows.stack import Stack
 from fastgen.nn.conditioner import LIMIT
 from fastgen.ops import uniform
@@ -62,7 +62,9 @@ class ResidualFlowConfig(FlowConfig):
         if self.log_det not in ("auto", "exact", "roulette"):
             raise ValueError(f"log_det must be 'auto', 'exact' or 'roulette', got {self.log_det!r}")
         if self.memory != "standard":
-            raise ValueError(f"memory must be 'standard' in a residual flow, got {self.memory!r}: its layers are not deterministic")
+            raise ValueError(
+                f"memory must be 'standard' in a residual flow, got {self.memory!r}: its layers are not deterministic"
+            )
 
 
 class LipSwish(nn.Module):
@@ -123,12 +125,9 @@ class InvertibleResidual(SearchedInverse):
         return self._exact(x, context) if self.exact else self._estimate(x, context)
 
     def _exact(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        def push(v: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.func.jvp(lambda x: self.contraction(x, context), (x,), (v.expand_as(x),))
-
+        g, matrix = jacobian(lambda v: self.contraction(v, context), x)
         eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        g, columns = torch.func.vmap(push, out_dims=(None, 0))(eye)
-        return x + g, torch.linalg.slogdet(eye + columns.permute(1, 2, 0)).logabsdet
+        return x + g, torch.linalg.slogdet(eye + matrix).logabsdet
 
     def _estimate(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         key = of_layer(self.key, self.index, x.device)
@@ -178,9 +177,7 @@ class ResidualFlow(Flow):
         features = math.prod(config.event_shape)
         exact = config.log_det == "exact" or (config.log_det == "auto" and features <= _EXACT)
         layers = [
-            InvertibleResidual(
-                Contraction(features, config.hidden, config.lipschitz, config.context), exact=exact, index=i
-            )
+            InvertibleResidual(Contraction(features, config.hidden, config.lipschitz, config.context), exact=exact, index=i)
             for i in range(config.layers)
         ]
         super().__init__(config, Stack(layers))
@@ -204,5 +201,5 @@ class ResidualFlow(Flow):
         for layer in (m for m in self.modules() if isinstance(m, Contraction)):
             for linear in layer.layers:
                 for _ in range(iterations):
-                    linear.weight  # noqa: B018 - computing it is one more iteration
+                    _ = linear.weight  # computing it is one more iteration
         return self.train(training)

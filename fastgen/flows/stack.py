@@ -12,6 +12,7 @@ Source: Gomez, Ren, Urtasun and Grosse (2017), "The reversible residual network:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -31,8 +32,8 @@ class Stack(Compose):
     Args:
         transforms: the layers, the first one first. With ``memory="invertible"`` they must be deterministic.
         memory: "standard" lets autograd keep the activations, "invertible" rebuilds them in the backward pass.
-        tolerance: relative error of a rebuilt activation (in any sample, 2-norm) from which its layer's input is kept; None
-            for 1000 units of rounding of the dtype.
+        tolerance: error of a rebuilt activation in any sample, relative to the batch's root mean square, from which its
+            layer's input is kept; None for 1000 units of rounding of the dtype.
 
     Attributes:
         kept: indices of the layers whose inputs are kept, since rebuilding them failed. Clear it to have them tried again.
@@ -92,7 +93,7 @@ class _Rebuild(torch.autograd.Function):
         signs = _signs(x)
         y, total, probes, kept = x, None, [], {}
         for i, layer in enumerate(stack):
-            probes.append(y.flatten(1) @ signs)
+            probes.append(_probe(y, signs))
             if i in stack.kept:
                 kept[i] = y
             y, ladj = layer.call_and_ladj(y, context)
@@ -118,8 +119,8 @@ class _Rebuild(torch.autograd.Function):
         enabled, dtype = ctx.autocast
         stack.reconstruction_errors = {}
         with torch.autocast(y.device.type, dtype=dtype, enabled=enabled):
-            for i in reversed(range(len(stack))):
-                layer, parameters = stack[i], ctx.parameters[i]
+            for i, layer in reversed(list(enumerate(stack))):
+                parameters = ctx.parameters[i]
                 if i in kept:
                     x = kept[i]
                     grad_x, rest = layer.differentiate(x, context, grad, grad_ladj, parameters)
@@ -139,10 +140,18 @@ class _Rebuild(torch.autograd.Function):
         return None, None, grad if ctx.needs_input_grad[2] else None, grad_context, *grads
 
 
+def _probe(x: Tensor, signs: Tensor) -> Tensor:
+    """What is remembered of an activation: one number per sample, in full precision. An error of x shows in it by its 2-norm,
+    on average over the signs.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return x.flatten(1) @ signs
+
+
 def _relative_error(x: Tensor, probe: Tensor, signs: Tensor) -> float:
-    """Largest error over the samples; a random vector of signs sees, on average, the 2-norm of an error."""
-    flat = x.flatten(1)
-    return float(((flat @ signs - probe).abs() / (flat.norm(dim=1) + torch.finfo(x.dtype).tiny)).max())
+    """The largest error of a sample, over the root mean square of the samples' norms."""
+    error = (_probe(x, signs) - probe).abs().amax()
+    return float(error / (x.norm() + torch.finfo(x.dtype).tiny)) * math.sqrt(len(x))
 
 
 @torch.no_grad()

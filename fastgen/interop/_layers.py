@@ -19,7 +19,6 @@ from fastgen.flows.permutation import Permutation
 from fastgen.flows.stack import Stack
 from fastgen.flows.transform import Bijection, Compose
 from fastgen.nn.conditioner import MLPConditioner
-from fastgen.nn.masked import MADE
 
 __all__ = [
     "ElementwiseCoupling",
@@ -116,7 +115,7 @@ class ResidualConditioner(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
         h = self.first(x if context is None else torch.cat((x, context), 1))
-        for i, (first, second) in enumerate(self.blocks):
+        for i, (first, second) in enumerate(cast(Any, self.blocks)):
             change = second(torch.relu(first(torch.relu(h))))
             if context is not None:
                 change = change * torch.sigmoid(self.gates[i](context))
@@ -129,14 +128,14 @@ def refuse(what: str) -> ValueError:
     return ValueError(f"cannot convert {what}")
 
 
-def _copy_linear(target: nn.Linear, source: Any) -> None:
+def _copy_linear(target: Any, source: Any) -> None:
     """Weights and bias."""
     target.weight.data.copy_(source.weight.data)
     if target.bias is not None:
         target.bias.data.copy_(source.bias.data)
 
 
-def _fill_heads(heads: nn.ModuleList, weight: Tensor, bias: Tensor, rows: Sequence[Tensor], scales: Sequence[float]) -> None:
+def _fill_heads(heads: Any, weight: Tensor, bias: Tensor, rows: Sequence[Tensor], scales: Sequence[float]) -> None:
     """Rows of one output layer as several heads, each divided by its scale."""
     for head, chosen, scale in zip(heads, rows, scales, strict=True):
         head.weight.data.copy_(weight[chosen] / scale)
@@ -165,7 +164,7 @@ def residual_conditioner(net: Any, rows: Sequence[Tensor], scales: Sequence[floa
     _copy_linear(made.first, net.initial_layer)
     for i, block in enumerate(net.blocks):
         check_block(block)
-        for target, source in zip(made.blocks[i], block.linear_layers, strict=True):
+        for target, source in zip(cast(Any, made.blocks[i]), block.linear_layers, strict=True):
             _copy_linear(target, source)
         if context:
             _copy_linear(made.gates[i], block.context_layer)
@@ -223,7 +222,7 @@ def coupling_in_order(conditioner: nn.Module, stays: Tensor, moves: Tensor, elem
 
 
 def fill_made(
-    made: MADE,
+    made: Any,
     layers: Sequence[tuple[Tensor, Tensor, Tensor]],
     final: tuple[Tensor, Tensor, Tensor],
     order: Tensor,
@@ -233,7 +232,7 @@ def fill_made(
     """Copy masked layers into a network whose units are sorted by degree.
 
     Args:
-        made: of as many units, with the sorted degrees.
+        made: a :class:`fastgen.nn.masked.MADE` of as many units, with the sorted degrees.
         layers: (weight, bias, mask) of each hidden layer, without context.
         final: the same of the output layer.
         order: the dimensions in the order in which they come.

@@ -6,7 +6,7 @@ The functions have nflows' arguments and give ``(outputs, logabsdet)``, the seco
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-class InputOutsideDomain(ValueError):
+class InputOutsideDomain(ValueError):  # noqa: N818 - nflows' name
     """An input is outside the interval of the spline."""
 
 
@@ -323,7 +323,7 @@ def autoregressive(net: Any, elementwise: Elementwise, *, swapped: bool = False,
         made.heads = nn.ModuleList(reversed(list(made.heads)))
     if context:
         sources = [net.context_layer, *(block.context_layer for block in blocks)]
-        for target, source, units in zip(made.contexts, sources, [orders[0], *orders[1::2]], strict=True):
+        for target, source, units in zip(cast(Any, made.contexts), sources, [orders[0], *orders[1::2]], strict=True):
             target.weight.data.copy_(source.weight.data[units])
             target.bias.data.copy_(source.bias.data[units])
     if torch.equal(order, torch.arange(features)):

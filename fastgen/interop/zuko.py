@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -97,7 +97,7 @@ def _autoregressive(transform: Any) -> Bijection:
     elementwise = _elementwise(transform)
     context = _context(transform)
     order = transform.order.argsort()
-    masked = [m for m in transform.hyper if isinstance(m, nn.Linear)]
+    masked: list[Any] = [m for m in transform.hyper if isinstance(m, nn.Linear)]
     for module in transform.hyper:
         if not isinstance(module, nn.Linear):
             check_relu(module)
@@ -113,7 +113,7 @@ def _autoregressive(transform: Any) -> Bijection:
     layers[0] = weight[:, :features], bias, mask[:, :features]
     fill_made(made, layers[:-1], layers[-1], order, elementwise.sizes, orders)
     if made.contexts:
-        made.contexts[0].weight.data.copy_(weight[orders[0], features:])
+        cast(Any, made.contexts[0]).weight.data.copy_(weight[orders[0], features:])
     if torch.equal(order, torch.arange(features)):
         return Autoregressive(made, elementwise)
     if torch.equal(order, torch.arange(features).flip(0)):

@@ -96,9 +96,10 @@ def evaluate(
 
     Returns:
         ``samples`` (their count) and, for a model with an ELBO, ``elbo_nats``, ``iw_bound_nats`` and
-        ``importance_samples``; for a model with ``log_prob``, ``log_prob_nats``. Means over the samples, each with its
-        standard error as ``NAME_stderr``. For images also ``bits_per_dim`` of the tightest of them: of 8-bit values for a
-        density on [0, 1], of the pixels as probabilities for a Bernoulli decoder.
+        ``importance_samples``; for a model with ``log_prob``, ``log_prob_nats``; for one with a variational ``bound``,
+        ``elbo_nats``. Means over the samples, each with its standard error as ``NAME_stderr``. For images also
+        ``bits_per_dim`` of the tightest of them: of 8-bit values for a density on [0, 1] or a probability of grey levels, of
+        the pixels as probabilities for a Bernoulli decoder.
 
     Raises:
         ValueError: no data, data of another shape, a model that has no likelihood.
@@ -107,7 +108,8 @@ def evaluate(
     log_prob = getattr(model, "log_prob", None)
     draws = log_prob is not None and "key" in inspect.signature(log_prob).parameters  # dequantisation noise
     bounded = model if has_elbo(model) else None
-    if log_prob is None and bounded is None:
+    bound = getattr(model, "bound", None)
+    if log_prob is None and bounded is None and bound is None:
         raise ValueError(f"{type(model).__name__} has neither log_prob nor an ELBO: there is no likelihood to evaluate")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -123,6 +125,8 @@ def evaluate(
             key = random.key(seed, stream=random.Stream.EVALUATE, sample=first, device=model.device)
             if log_prob is not None:
                 columns.setdefault("log_prob_nats", []).append(log_prob(x, key=key) if draws else log_prob(x))
+            if bound is not None:
+                columns.setdefault("elbo_nats", []).append(-bound(x, key=key).total)
             if bounded is not None:
                 columns.setdefault("elbo_nats", []).append(elbo(bounded, x, key=key))
                 weighted = iw_bound(bounded, x, importance_samples, key=random.at(key, step=1))
@@ -135,8 +139,10 @@ def evaluate(
     if bounded is not None:
         scores["importance_samples"] = importance_samples
     if source.kind == "image":
-        tightest = scores["iw_bound_nats" if log_prob is None else "log_prob_nats"]
-        scores["bits_per_dim"] = bits_per_dim(tightest, model.event_shape, levels=_levels(model))
+        tightest = next(scores[name] for name in ("log_prob_nats", "iw_bound_nats", "elbo_nats") if name in scores)
+        # a bound is on the probability of grey levels, not on a density
+        levels = 1 if log_prob is None and bound is not None else _levels(model)
+        scores["bits_per_dim"] = bits_per_dim(tightest, model.event_shape, levels=levels)
     return scores
 
 

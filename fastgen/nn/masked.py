@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -133,16 +134,18 @@ class MADE(nn.Module):
         """
         added = self._added(context)
         seen = torch.empty_like(x)
-        units = [x.new_empty(len(x), layer.out_features) for layer in self.layers]
+        layers, heads = cast("list[MaskedLinear]", list(self.layers)), cast("list[MaskedLinear]", list(self.heads))
+        units = [x.new_empty(len(x), layer.out_features) for layer in layers]
+        advance = self._advance_blocks if self.residual else self._advance
         for d in range(self.features):
             if d:
                 torch.clamp(x[:, d - 1], -LIMIT, LIMIT, out=seen[:, d - 1])
-            (self._advance_blocks if self.residual else self._advance)(d, seen, added, units)
-            yield tuple(head.at(d, units[-1]) for head in self.heads)
+            advance(d, layers, seen, added, units)
+            yield tuple(head.at(d, units[-1]) for head in heads)
 
-    def _advance(self, d: int, x: Tensor, added: list[Tensor], units: list[Tensor]) -> None:
+    def _advance(self, d: int, layers: list[MaskedLinear], x: Tensor, added: list[Tensor], units: list[Tensor]) -> None:
         """Compute the hidden units of degree d."""
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(layers):
             rows = layer.rows[d]
             if rows.start < rows.stop:
                 h = layer.at(d, units[i - 1] if i else x)
@@ -150,9 +153,9 @@ class MADE(nn.Module):
                     h += added[0][:, rows]
                 units[i][:, rows] = h.relu_()
 
-    def _advance_blocks(self, d: int, x: Tensor, added: list[Tensor], units: list[Tensor]) -> None:
+    def _advance_blocks(self, d: int, layers: list[MaskedLinear], x: Tensor, added: list[Tensor], units: list[Tensor]) -> None:
         """The same of a residual network, whose hidden layers have the same degrees; ``units`` are inputs of layers."""
-        first, *layers = self.layers
+        first, *layers = layers
         rows = first.rows[d]
         if rows.start == rows.stop:
             return

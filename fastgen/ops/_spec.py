@@ -35,6 +35,7 @@ class OpSpec:
             limit.
         dtypes: storage types of the fused backends.
         gradient_precision: precision class of the gradients.
+        double_backward: the gradients have gradients of their own, as penalties on gradients need.
         samplewise: row i of the outputs depends on row i of the inputs alone.
         needs_key: there is no default for ``key``: the op repeats noise that another has drawn.
         stops_gradient: something that depends on the inputs counts as a constant, which finite differences cannot know.
@@ -57,6 +58,7 @@ class OpSpec:
     operations: Callable[[dict[str, Any], str], int] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     gradient_precision: str = "elementwise"
+    double_backward: bool = False
     samplewise: bool = True
     needs_key: bool = False
     stops_gradient: bool = False

@@ -436,7 +436,7 @@ def denoise(
     )
     out, room = out if isinstance(out, tuple) else (out, None)
     for given in (out, room):
-        if given is None:
+        if given is None or (given is x and not differentiate):
             continue
         if differentiate:
             raise ValueError("out= cannot be given where gradients are required")

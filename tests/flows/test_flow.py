@@ -160,6 +160,15 @@ def test_saved_and_loaded_and_sampled(case, tmp_path):
     assert math.isfinite(scores["log_prob_nats"])
 
 
+def test_conditional_flows_train_on_labelled_data(tmp_path):
+    x, labels = torch.rand(32, 1, 4, 4), torch.arange(32) % 3
+    model = make("glow-context")
+    result = fastgen.fit(model, (x, labels), steps=2, batch_size=8, out=tmp_path / "run", progress=False)
+    assert "samples were not drawn: they need a context" in result.notes
+    loaded = fastgen.load(tmp_path / "run")
+    assert fastgen.sample(loaded, 5, context=2).shape == (5, 1, 4, 4)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -10,6 +10,7 @@ import torch
 from fastgen.nn.dit import DiT
 from fastgen.nn.mlp import TimeMLP
 from fastgen.nn.unet import UNet
+from fastgen.ops import _native
 from tests.nn.networks import FULL, KINDS, SMALL_DIT, SMALL_UNET, build, inputs
 
 every = pytest.mark.parametrize("kind", KINDS)
@@ -155,6 +156,15 @@ def test_compiles_without_graph_breaks(kind):
     x, t, named = inputs(kind, labels=True, context=True)
     torch.testing.assert_close(compiled(x, t, **named), net(x, t, **named), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(compiled(x, t[:1]), net(x, t[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_before_any_kernel_was_loaded(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(_native, "_tables", None)
+    monkeypatch.setattr(_native, "_table", {})
+    net, (x, t, _) = build("unet"), inputs("unet")
+    compiled = torch.compile(net, fullgraph=True, backend="eager")(x, t)
+    torch.testing.assert_close(compiled, net(x, t), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])

@@ -1,0 +1,353 @@
+"""group_norm_silu: normalise groups of channels, scale and shift every channel, apply SiLU, in one pass.
+
+    xhat = (x - mean) / sqrt(variance + eps)   over the channels of a group and all pixels of a sample
+    z = (xhat * weight + bias) * (1 + scale) + shift,    y = z * sigmoid(z)
+
+with ``weight`` and ``bias`` per channel and ``scale`` and ``shift`` per sample and channel; each of the four may be missing.
+``activation=None`` gives y = z. Gradients flow to ``x``, ``weight``, ``bias``, ``scale`` and ``shift``: with
+dz = dy * sigmoid(z) * (1 + z * sigmoid(-z)) and dxhat = dz * weight * (1 + scale)
+
+    dx = (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)) / sqrt(variance + eps)   means over the group
+    dshift = sum(dz),    dscale = sum(dz * (xhat * weight + bias))                  over the pixels
+    dbias = sum(dz * (1 + scale)),    dweight = sum(dz * (1 + scale) * xhat)        over samples and pixels
+
+Statistics are of differences from a value near the mean, which is kept to twice the precision of float32, so that inputs far
+from zero lose nothing. Any finite x is fine up to differences of about 1e18, whose squares overflow float32. Where a sample
+holds a NaN, that sample's outputs are NaN and no other's.
+
+Source: Wu and He (2018), "Group normalization", equations 1 to 7; scale and shift as in Dhariwal and Nichol (2021), "Diffusion
+models beat GANs on image synthesis", section 3.1; Elfwing, Uchibe and Doya (2018), "Sigmoid-weighted linear units", for SiLU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastgen.ops import _dispatch, _native
+from fastgen.ops._spec import OpSpec
+
+__all__ = ["group_norm_silu", "group_norm_silu_reference"]
+
+
+def _is_silu(activation: str | None) -> bool:
+    if activation is not None and activation != "silu":
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+    return activation is not None
+
+
+def _check(x: Tensor, groups: int) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape [N, C, ...], got {list(x.shape)}")
+    if not isinstance(groups, int):
+        raise TypeError(f"groups must be an int, got {type(groups).__name__}")
+    if groups < 1 or x.shape[1] % groups or not x.shape[1]:
+        raise ValueError(f"groups must divide the channels of x, got {groups} for {x.shape[1]} channels")
+
+
+def _pair(
+    names: tuple[str, str], first: Tensor | None, second: Tensor | None, shape: tuple[int, ...], x: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Two parameters of one shape, checked, contiguous and in one storage type."""
+    for name, value in zip(names, (first, second), strict=True):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+        if (value.shape != shape and value.shape != (1, *shape[1:])) or value.device != x.device:
+            raise ValueError(f"{name} must have shape {list(shape)} on {x.device}, got {list(value.shape)} on {value.device}")
+    known = [v.dtype for v in (first, second) if v is not None]
+    if not known or x.dtype not in _native.DTYPES:
+        return first, second
+    dtype = known[0]
+    if dtype is not known[-1] or dtype not in _native.DTYPES:
+        dtype = torch.float32
+    return _stored(first, shape, dtype), _stored(second, shape, dtype)
+
+
+def _stored(value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    if value is None:
+        return None
+    if value.dtype is not dtype:
+        value = value.to(dtype)
+    if value.shape != shape:
+        value = value.expand(shape)
+    return value.contiguous()
+
+
+def group_norm_silu_reference(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = "silu",
+) -> Tensor:
+    """:func:`group_norm_silu` in plain PyTorch."""
+    silu = _is_silu(activation)
+    _check(x, groups)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    samples, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    grouped = x.to(wide).reshape(samples, groups, channels // groups * pixels)
+    centred = grouped - grouped.mean(2, keepdim=True)
+    z = centred * torch.rsqrt(centred.square().mean(2, keepdim=True) + eps)
+    z = z.reshape(samples, channels, pixels)
+    if weight is not None:
+        z = z * weight.to(wide)[:, None]
+    if bias is not None:
+        z = z + bias.to(wide)[:, None]
+    if scale is not None:
+        z = z * (1 + scale.to(wide)[:, :, None])
+    if shift is not None:
+        z = z + shift.to(wide)[:, :, None]
+    return (functional.silu(z) if silu else z).reshape(x.shape).to(x.dtype)
+
+
+def _sizes(x: Tensor, groups: int) -> tuple[int, int, int, int, bool]:
+    """(samples, channels, groups, pixels, channels last)."""
+    return x.shape[0], x.shape[1], groups, math.prod(x.shape[2:]), not x.is_contiguous()
+
+
+def _forward(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    silu: bool,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    y = torch.empty_like(x)
+    stats = x.new_empty(x.shape[0], groups, 3, dtype=torch.float32) if keep else None
+    if backend == "cpp":
+        _native.kernel("group_norm_silu_fwd")(
+            _native.DTYPES[x.dtype], *_sizes(x, groups), x, _code(weight, bias), weight, bias, _code(scale, shift), scale,
+            shift, eps, silu, y, stats, torch.get_num_threads(),
+        )  # fmt: skip
+    else:
+        _dispatch.triton_module("group_norm_silu").group_norm_silu_fwd(
+            *_sizes(x, groups), x, weight, bias, scale, shift, eps, silu, y, stats
+        )
+    return y, stats
+
+
+def _backward(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    stats: Tensor,
+    grad_y: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = _gradients(x, groups, weight, bias, scale, shift)
+    wanted = [None if v is None else g for v, g in zip((weight, bias, scale, shift), grads[1:], strict=True)]
+    if backend == "cpp":
+        _native.kernel("group_norm_silu_bwd")(
+            _native.DTYPES[x.dtype], *_sizes(x, groups), x, _code(weight, bias), weight, bias, _code(scale, shift), scale,
+            shift, silu, stats, grad_y, grads[0], *wanted, torch.get_num_threads(),
+        )  # fmt: skip
+    else:
+        _dispatch.triton_module("group_norm_silu").group_norm_silu_bwd(
+            *_sizes(x, groups), x, weight, bias, scale, shift, silu, stats, grad_y, grads[0], *wanted
+        )
+    return grads
+
+
+def _code(first: Tensor | None, second: Tensor | None) -> int:
+    value = second if first is None else first
+    return 0 if value is None else _native.DTYPES[value.dtype]
+
+
+def _gradients(x: Tensor, groups: int, *parameters: Tensor | None) -> Any:
+    """Empty gradients of x and the four parameters; of no elements for those that are missing."""
+    return torch.empty_like(x), *(x.new_empty(0) if p is None else torch.empty_like(p) for p in parameters)
+
+
+_ARGUMENTS = "Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
+
+_normalise = _dispatch.raw_op(
+    "group_norm_silu",
+    f"({_ARGUMENTS}, float eps, bool silu, str backend) -> Tensor",
+    lambda x, groups, weight, bias, scale, shift, eps, silu, backend: _forward(
+        x, groups, weight, bias, scale, shift, eps, silu, False, backend
+    )[0],
+    lambda x, *_: torch.empty_like(x),
+)
+_normalise_keeping_statistics = _dispatch.raw_op(
+    "group_norm_silu_fwd",
+    f"({_ARGUMENTS}, float eps, bool silu, str backend) -> (Tensor, Tensor)",
+    lambda x, groups, weight, bias, scale, shift, eps, silu, backend: _forward(
+        x, groups, weight, bias, scale, shift, eps, silu, True, backend
+    ),
+    lambda x, groups, *_: (torch.empty_like(x), x.new_empty(x.shape[0], groups, 3, dtype=torch.float32)),
+)
+_differentiate = _dispatch.raw_op(
+    "group_norm_silu_bwd",
+    f"({_ARGUMENTS}, bool silu, Tensor stats, Tensor grad_y, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    lambda x, groups, weight, bias, scale, shift, *_: _gradients(x, groups, weight, bias, scale, shift),
+)
+
+
+class _GroupNormSilu(torch.autograd.Function):
+    """Saves the inputs and the statistics of each group: mean, what float32 rounds off it, 1 / deviation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        eps: float,
+        silu: bool,
+        backend: str,
+    ) -> Tensor:
+        y, stats = _normalise_keeping_statistics(x, groups, weight, bias, scale, shift, eps, silu, backend)
+        ctx.save_for_backward(x, weight, bias, scale, shift, stats)
+        ctx.groups, ctx.silu, ctx.backend = groups, silu, backend
+        return y
+
+    @staticmethod
+    @_dispatch.differentiable_once
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, scale, shift, stats = ctx.saved_tensors
+        if grad_y.stride() != x.stride():
+            grad_y = torch.empty_like(x).copy_(grad_y)
+        grads = _differentiate(x, ctx.groups, weight, bias, scale, shift, ctx.silu, stats, grad_y, ctx.backend)
+        by_x, *by_parameters = grads
+        parameters = zip((weight, bias, scale, shift), by_parameters, strict=True)
+        return by_x, None, *(None if value is None else grad for value, grad in parameters), None, None, None
+
+
+def group_norm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = "silu",
+    backend: str | None = None,
+) -> Tensor:
+    """Group normalisation with scale and shift, then SiLU: silu((xhat * weight + bias) * (1 + scale) + shift).
+
+    Args:
+        x: [N, C, ...], floating point, with any number of dimensions after the channels. float64 is served by the reference.
+            Channels-last images stay so, without a copy; so does any other tensor whose channels lie last in memory.
+        groups: how many groups the channels are cut into; divides C.
+        weight: [C], of any floating-point type; None: ones.
+        bias: [C]; None: zeros.
+        scale: [N, C], or [1, C] for all samples; None: zeros.
+        shift: [N, C] or [1, C]; None: zeros.
+        eps: added to the variance, which is that of the population.
+        activation: "silu", or None to leave it out.
+        backend: None, "reference", "cpp" or "triton".
+
+    Returns:
+        y in the shape, dtype and layout of ``x``; the arithmetic is float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong type, shape or device.
+
+    >>> group_norm_silu(torch.randn(8, 64, 16, 16), 32, torch.ones(64), torch.zeros(64)).shape
+    torch.Size([8, 64, 16, 16])
+    """
+    silu = _is_silu(activation)
+    _check(x, groups)
+    channels = x.shape[1]
+    weight, bias = _pair(("weight", "bias"), weight, bias, (channels,), x)
+    scale, shift = _pair(("scale", "shift"), scale, shift, (x.shape[0], channels), x)
+    chosen = _dispatch.choose(SPEC, backend, x)
+    if chosen == "reference":
+        return group_norm_silu_reference(x, groups, weight, bias, scale=scale, shift=shift, eps=eps, activation=activation)
+    if not x.is_contiguous() and not x.movedim(1, -1).is_contiguous():
+        x = x.contiguous()
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias, scale, shift)):
+        return _GroupNormSilu.apply(x, groups, weight, bias, scale, shift, eps, silu, chosen)
+    return _normalise(x, groups, weight, bias, scale, shift, eps, silu, chosen)
+
+
+def _example_inputs(
+    rows: int,
+    event: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    generator: torch.Generator | None = None,
+    groups: int = 32,
+    times: int = 1,
+    channels_last: bool = False,
+    affine: bool = True,
+    modulated: bool = False,
+    mixed: bool = False,
+    activation: str | None = "silu",
+) -> dict[str, Any]:
+    # an event of fewer than three dimensions counts the pixels of each channel
+    shape = (times * event[0], *event[1:]) if len(event) > 2 else (4 * times, *event)
+    channels = shape[0]
+    groups = math.gcd(groups, channels)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator).to(device)
+
+    x = draw(rows, *shape).to(dtype)
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    other = dtype if not mixed else torch.bfloat16 if dtype is torch.float32 else torch.float32
+    inputs: dict[str, Any] = {"x": x, "groups": groups, "activation": activation}
+    if affine:
+        inputs |= {"weight": (1 + 0.5 * draw(channels)).to(other), "bias": draw(channels).to(other)}
+    if modulated:
+        inputs |= {"scale": draw(rows, channels).to(dtype), "shift": draw(rows, channels).to(dtype)}
+    # a few elements may lie arbitrarily close together, where a small eps amplifies every rounding
+    return {**inputs, "eps": 1e-5 if math.prod(shape) // groups >= 32 else 0.1}
+
+
+def _bytes_moved(inputs: dict[str, Any], mode: str) -> int:
+    # forward: x -> y; backward: x, dy -> dx; parameters and their gradients once
+    parameters = sum(inputs[name].nbytes for name in ("weight", "bias", "scale", "shift") if inputs.get(name) is not None)
+    return inputs["x"].nbytes * (2 if mode == "fwd" else 5) + parameters * (1 if mode == "fwd" else 3)
+
+
+SPEC = OpSpec(
+    name="group_norm_silu",
+    function=group_norm_silu,
+    reference=group_norm_silu_reference,
+    outputs={"y": "elementwise"},
+    gradients=("x", "weight", "bias", "scale", "shift"),
+    example_inputs=_example_inputs,
+    flags={
+        "groups": (32, 4, 1),
+        "times": (1, 3, 12),
+        "channels_last": (False, True),
+        "affine": (True, False),
+        "modulated": (False, True),
+        "mixed": (False, True),
+        "activation": ("silu", None),
+    },
+    sizes=(0, 1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 64, 65, 127, 300, 2049),
+    shapes=((1, (64, 8, 8)), (8, (256, 16, 16)), (8, (256, 32, 32))),
+    bytes_moved=_bytes_moved,
+    gradient_precision="reduction",
+)
