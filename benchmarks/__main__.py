@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="threads (default: PyTorch's)")
-    add("--seconds", type=float, default=3.0, metavar="S", help="time for the rounds of one workload (default: %(default)s)")
+    add("--seconds", type=float, default=2.0, metavar="S", help="time for the rounds of one workload (default: %(default)s)")
     add("--rounds", type=int, default=7, metavar="N", help="at least so many rounds (default: %(default)s)")
     add("--base", metavar="REV", help="compare the fused ops with those of another commit, in alternating processes")
     add("--figures", action="store_true", help="only the workloads of the published figures; ends with their table in Markdown")
@@ -93,6 +93,7 @@ def _measure(arguments: argparse.Namespace, workloads: Sequence[Workload], backe
             min_rounds=arguments.rounds,
             started=i > 0,
             isa=machine["isa"],
+            peers={name for f in FIGURES if f.workload == workload for name in f.against} if arguments.figures else None,
         )
     print(report.row_table(rows))
     controls = [r.control for r in rows if r.fused and r.control is not None]

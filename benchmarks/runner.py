@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -118,8 +118,10 @@ def _product(dtype: str, device: str) -> Calls:
 class _Workbench:
     """Builds and checks the providers of one workload."""
 
-    def __init__(self, workload: Workload, inputs: list[dict[str, Any]], backends: Sequence[str]) -> None:
-        self.workload, self.inputs, self.backends = workload, inputs, backends
+    def __init__(
+        self, workload: Workload, inputs: list[dict[str, Any]], backends: Sequence[str], peers: Collection[str] | None
+    ) -> None:
+        self.workload, self.inputs, self.backends, self.peers = workload, inputs, backends, peers
         self.ready: list[_Provider] = []
         self.refused: list[tuple[str, str]] = []
 
@@ -167,6 +169,8 @@ class _Workbench:
         for peer in PEERS.get(workload.op, ()):
             if workload.mode not in peer.modes or not peer.when(dict(workload.flags)):
                 continue
+            if self.peers is not None and peer.name not in self.peers:
+                continue
             try:
                 calls = [peer.build(one, workload.mode) for one in self.inputs]
                 if peer.check is not None:
@@ -213,14 +217,15 @@ def run_workload(
     sets: int | None = None,
     started: bool = True,
     isa: str | None = None,
+    peers: Collection[str] | None = None,
 ) -> list[Row]:
-    """Check and time one workload.
+    """Check and time one workload; of its peers, those named in ``peers``, or all.
 
     Returns:
         A row for each provider. Where a fused backend fails parity, one row says so and nothing is timed.
     """
     with torch.no_grad() if workload.mode == "fwd" else contextlib.nullcontext():
-        return _run(workload, backends, device, seconds, min_rounds, sets, started, isa)
+        return _run(workload, backends, device, seconds, min_rounds, sets, started, isa, peers)
 
 
 def _run(
@@ -232,6 +237,7 @@ def _run(
     sets: int | None,
     started: bool,
     isa: str | None,
+    peers: Collection[str] | None,
 ) -> list[Row]:
     inputs = workload.inputs(device, sets)
     moved, operations = workload.bytes_moved(inputs[0]), workload.operations(inputs[0])
@@ -243,7 +249,7 @@ def _run(
             operations=operations or None, isa=isa, threads=torch.get_num_threads(), **values,
         )  # fmt: skip
 
-    bench = _Workbench(workload, inputs, backends)
+    bench = _Workbench(workload, inputs, backends, peers)
     try:
         bench.prepare()
         bench.check()
