@@ -70,7 +70,7 @@ def probability_flow_log_prob(
     if model.is_image:
         x = model.encode_range(dequantize(x, 256, random.at(key, stream=Stream.DATA)))
         inside = size * math.log(2)
-    probe = rademacher(tuple(x.shape), key) if trace == "hutchinson" else None
+    probe = rademacher(tuple(x.shape), random.at(key, stream=Stream.PROBE)) if trace == "hutchinson" else None
 
     def slope(log_ratio: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         ratio = log_ratio.double().exp().cpu()

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from fastgen._extras import require
 from fastgen.flows.flow import Context, Flow, FlowConfig
-from fastgen.flows.probes import jacobian, of_layer, push, rademacher
+from fastgen.flows.probes import jacobian, of_layer, push
 from fastgen.flows.transform import Bijection
 from fastgen.nn.conditioner import LIMIT
+from fastgen.nn.divergence import rademacher
 from fastgen.registry import register
 
 __all__ = ["CNF", "CNFConfig", "ContinuousFlow", "VelocityField"]

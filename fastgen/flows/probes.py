@@ -10,16 +10,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastgen import ops, random
+from fastgen import random
 
-__all__ = ["jacobian", "of_layer", "push", "rademacher"]
+__all__ = ["jacobian", "of_layer", "push"]
 
 _ODD = 0x9E3779B97F4A7C15
-
-
-def rademacher(shape: tuple[int, ...], key: Tensor, dtype: torch.dtype) -> Tensor:
-    """-1 or 1 with equal probability: [N, ...], row i a function of the noise at index ``key.sample + i`` alone."""
-    return torch.where(ops.uniform(shape, key) < 0.5, -1.0, 1.0).to(dtype)
 
 
 def of_layer(key: Tensor | None, index: int, device: torch.device) -> Tensor:

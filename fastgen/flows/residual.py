@@ -27,9 +27,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from fastgen.flows.flow import Context, Flow, FlowConfig
 from fastgen.flows.implicit import SearchedInverse
-from fastgen.flows.probes import jacobian, of_layer, rademacher
+from fastgen.flows.probes import jacobian, of_layer
 from fastgen.flows.stack import Stack
 from fastgen.nn.conditioner import LIMIT
+from fastgen.nn.divergence import rademacher
 from fastgen.ops import uniform
 from fastgen.registry import register
 

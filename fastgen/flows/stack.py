@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastgen import ops, random
+from fastgen import random
 from fastgen.flows.transform import Bijection, Compose
+from fastgen.nn.divergence import rademacher
 
 __all__ = ["Stack"]
 
@@ -71,8 +72,7 @@ class Stack(Compose):
 
 def _signs(x: Tensor) -> Tensor:
     """A fixed vector of -1 and 1 as long as a sample of x."""
-    u = ops.uniform((1, x[0].numel()), random.key(0, stream=random.Stream.PROBE, device=x.device))[0]
-    return torch.where(u < 0.5, -1.0, 1.0).to(x.dtype)
+    return rademacher((1, x[0].numel()), random.key(0, stream=random.Stream.PROBE, device=x.device), x.dtype)[0]
 
 
 class _Rebuild(torch.autograd.Function):

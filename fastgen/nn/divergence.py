@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgen import ops, random
+from fastgen import ops
 
 __all__ = ["divergence", "rademacher"]
 
 
-def rademacher(shape: tuple[int, ...], key: Tensor) -> Tensor:
-    """Signs, -1 and 1 with equal probability, as float32 of ``shape`` (samples first), at the key's stream ``PROBE``."""
-    return torch.where(ops.uniform(shape, random.at(key, stream=random.Stream.PROBE)) < 0.5, -1.0, 1.0)
+def rademacher(shape: tuple[int, ...], key: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """-1 or 1 with equal probability: [N, ...], row i a function of the noise at index ``key.sample + i`` alone."""
+    return torch.where(ops.uniform(shape, key) < 0.5, -1.0, 1.0).to(dtype)
 
 
 def divergence(value: Tensor, x: Tensor, probe: Tensor | None = None, *, create_graph: bool = False) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 
 import fastgen
 from fastgen import random
-from fastgen.flows.probes import jacobian, of_layer, rademacher
+from fastgen.flows.probes import jacobian, of_layer
+from fastgen.nn.divergence import rademacher
 from tests.flows.test_density import SPECIAL
 from tests.flows.zoo import draw, make
 
