@@ -12,6 +12,7 @@ Source: Gomez, Ren, Urtasun and Grosse (2017), "The reversible residual network:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -91,15 +92,16 @@ class _Rebuild(torch.autograd.Function):
         ctx.stack, ctx.parameters = stack, parameters
         ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
         signs = _signs(x)
-        y, total, probes, kept = x, None, [], {}
+        y, total, kept = x, None, {}
+        probes = x.new_empty(len(stack), len(x))
         for i, layer in enumerate(stack):
-            probes.append(_probe(y, signs))
+            probes[i] = _probe(y, signs)
             if i in stack.kept:
                 kept[i] = y
             y, ladj = layer.call_and_ladj(y, context)
             total = ladj if total is None else total + ladj
         ctx.kept = list(kept)
-        ctx.save_for_backward(x, y, context, signs, torch.stack(probes), *kept.values())
+        ctx.save_for_backward(x, y, context, signs, probes, *kept.values())
         assert total is not None
         return y, total
 
@@ -115,7 +117,9 @@ class _Rebuild(torch.autograd.Function):
         if context is not None:
             context = context.detach().requires_grad_(ctx.needs_input_grad[3])
         grad_context: Tensor | None = None
-        grads: list[Tensor | None] = []
+        # What stays is allocated first: between the large temporaries of the layers it would keep the heap from shrinking.
+        spaces = [[torch.empty_like(p) for p in group] for group in ctx.parameters]
+        grads: list[list[Tensor | None]] = [[] for _ in spaces]
         enabled, dtype = ctx.autocast
         stack.reconstruction_errors = {}
         with torch.autocast(y.device.type, dtype=dtype, enabled=enabled):
@@ -133,11 +137,11 @@ class _Rebuild(torch.autograd.Function):
                         grad_x, rest = layer.differentiate(x, context, grad, grad_ladj, parameters)
                         stack.kept.add(i)
                 *of_layer, of_context = rest
-                grads[:0] = of_layer
+                grads[i] = [None if g is None else space.copy_(g) for space, g in zip(spaces[i], of_layer, strict=True)]
                 if of_context is not None:
                     grad_context = of_context if grad_context is None else grad_context + of_context
                 y, grad = x, grad_x
-        return None, None, grad if ctx.needs_input_grad[2] else None, grad_context, *grads
+        return None, None, grad if ctx.needs_input_grad[2] else None, grad_context, *itertools.chain(*grads)
 
 
 def _probe(x: Tensor, signs: Tensor) -> Tensor:
