@@ -1,17 +1,13 @@
 """Autoregressive layers: each element is mapped with parameters that a masked network sets from those before it.
 
-<<<<<<< HEAD
 One pass of the network maps a batch. The inverse is found by one of three methods with the same result:
-=======
-One pass of the network maps a batch. The inverse finds one element after the other, by one of three methods with one result:
->>>>>>> main
 
     incremental   each step computes the hidden units that its element newly makes known, and no other: in all, one pass
     jacobi        x <- f^-1(y; network(x)), all elements at once, until nothing changes: at most D passes, fewer where
                   elements depend on each other weakly
     sequential    the same D times without a look: what other libraries do
 
-The incremental one is the fastest on a CPU at any size; Jacobi's has fewer, larger steps.
+The incremental one does the least work, and is the default; Jacobi's has fewer, larger steps.
 
 Sources: Papamakarios, Pavlakou and Murray (2017), "Masked autoregressive flow for density estimation"; Song, Meng, Liao and
 Ermon (2021), "Accelerating feedforward computation via parallel nonlinear equation solving".
