@@ -85,15 +85,18 @@ def _measure(arguments: argparse.Namespace, workloads: Sequence[Workload], backe
     rows: list[Row] = []
     for i, workload in enumerate(workloads):
         print(f"[{i + 1}/{len(workloads)}] {workload.title}", file=sys.stderr, flush=True)
+        named = {name for f in FIGURES if f.workload == workload for name in f.against}
+        # what no figure of this workload names would only cost time
+        spare = {"reference", "compile"} - named if arguments.figures and not arguments.backend else set()
         rows += run_workload(
             workload,
-            backends=backends,
+            backends=[backend for backend in backends if backend not in spare],
             device=arguments.device,
             seconds=arguments.seconds,
             min_rounds=arguments.rounds,
             started=i > 0,
             isa=machine["isa"],
-            peers={name for f in FIGURES if f.workload == workload for name in f.against} if arguments.figures else None,
+            peers=named if arguments.figures else None,
         )
     print(report.row_table(rows))
     controls = [r.control for r in rows if r.fused and r.control is not None]
@@ -124,8 +127,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ops = _choices(",".join(arguments.op), list(measured()), "--op") if arguments.op else list(measured())
         modes = _choices(arguments.mode, MODES, "--mode")
         unsuited = {"triton" if arguments.device == "cpu" else "cpp"}
-        if arguments.figures:  # baselines that no figure names would only cost time
-            unsuited |= {"reference", "compile"} - {name for figure in FIGURES for name in figure.against}
         backends = (
             _choices(arguments.backend, BACKENDS, "--backend")
             if arguments.backend

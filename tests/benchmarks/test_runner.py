@@ -191,6 +191,24 @@ def test_figure_table(capsys):
         assert line.count("|") == 7 or not line.startswith("|")
 
 
+def test_figures_time_what_they_name(monkeypatch):
+    asked = {}
+
+    def record(workload, *, backends, peers, **_):
+        asked[workload] = backends, peers
+        return []
+
+    monkeypatch.setattr(runner_main, "run_workload", record)
+    assert run("--figures") == 0
+    assert set(asked) == {figure.workload for figure in FIGURES}
+    for figure in FIGURES:
+        backends, peers = asked[figure.workload]
+        assert set(figure.against) <= peers
+        assert ("reference" in backends) == any("reference" in f.against for f in FIGURES if f.workload == figure.workload)
+    assert run("--figures", "--backend", "reference", "--op", "normal") == 0
+    assert asked[FIGURES[0].workload][0] == ["reference"]
+
+
 def test_figure_takes_the_fastest_rival():
     def row(provider, **values):
         common = {
