@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import report, revision
+from benchmarks.composites import measured
 from benchmarks.figures import FIGURES
 from benchmarks.machine import describe
 from benchmarks.runner import BACKENDS, FUSED, WRONG, Row, run_workload
 from benchmarks.workload import MODES, SETS, Workload, sweep
-from fastgen.ops import all_specs
 
 __all__ = ["main"]
 
@@ -31,7 +31,7 @@ def _choices(text: str, known: Sequence[str], what: str) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parser.add_argument
-    add("--op", nargs="+", action="extend", metavar="NAME", help="only these ops (default: all)")
+    add("--op", nargs="+", action="extend", metavar="NAME", help="only these ops and composites (default: all)")
     add("--backend", metavar="LIST", help=f"some of {','.join(BACKENDS)} (default: all that suit the device)")
     add("--mode", default=",".join(MODES), metavar="LIST", help="some of %(default)s (default: both)")
     add("--size", metavar="SUBSTR", help="only shapes that contain this (64x3), or small, middle, large, extra")
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="threads (default: PyTorch's)")
-    add("--seconds", type=float, default=3.0, metavar="S", help="time for the rounds of one workload (default: %(default)s)")
+    add("--seconds", type=float, default=2.0, metavar="S", help="time for the rounds of one workload (default: %(default)s)")
     add("--rounds", type=int, default=7, metavar="N", help="at least so many rounds (default: %(default)s)")
     add("--base", metavar="REV", help="compare the fused ops with those of another commit, in alternating processes")
     add("--figures", action="store_true", help="only the workloads of the published figures; ends with their table in Markdown")
@@ -81,18 +81,22 @@ def _against_base(arguments: argparse.Namespace, ops: Sequence[str], modes: Sequ
 def _measure(arguments: argparse.Namespace, workloads: Sequence[Workload], backends: Sequence[str]) -> int:
     machine = describe(arguments.device)
     print(report.headline(machine))
-    print(f"{len(workloads)} workloads, {SETS} input sets each, at least {arguments.seconds:g} s each\n", flush=True)
+    print(f"{len(workloads)} workloads, up to {SETS} input sets each, at least {arguments.seconds:g} s each\n", flush=True)
     rows: list[Row] = []
     for i, workload in enumerate(workloads):
         print(f"[{i + 1}/{len(workloads)}] {workload.title}", file=sys.stderr, flush=True)
+        named = {name for f in FIGURES if f.workload == workload for name in f.against}
+        # what no figure of this workload names would only cost time
+        spare = {"reference", "compile"} - named if arguments.figures and not arguments.backend else set()
         rows += run_workload(
             workload,
-            backends=backends,
+            backends=[backend for backend in backends if backend not in spare],
             device=arguments.device,
             seconds=arguments.seconds,
             min_rounds=arguments.rounds,
             started=i > 0,
             isa=machine["isa"],
+            peers=named if arguments.figures else None,
         )
     print(report.row_table(rows))
     controls = [r.control for r in rows if r.fused and r.control is not None]
@@ -120,11 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.set_num_threads(arguments.threads)
         if arguments.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: this PyTorch sees no GPU")
-        ops = _choices(",".join(arguments.op), list(all_specs()), "--op") if arguments.op else list(all_specs())
+        ops = _choices(",".join(arguments.op), list(measured()), "--op") if arguments.op else list(measured())
         modes = _choices(arguments.mode, MODES, "--mode")
         unsuited = {"triton" if arguments.device == "cpu" else "cpp"}
-        if arguments.figures:  # baselines that no figure names would only cost time
-            unsuited |= {"reference", "compile"} - {name for figure in FIGURES for name in figure.against}
         backends = (
             _choices(arguments.backend, BACKENDS, "--backend")
             if arguments.backend

@@ -16,7 +16,7 @@ class Figure:
 
     Attributes:
         work: what is done, in words.
-        op, rows, event, mode, flags, dtype: the workload that does it.
+        op, rows, event, mode, flags, dtype: the workload that does it; ``op`` may be a composite.
         against: names of providers (peers, "reference", "compile"); with several, the fastest counts. Empty: a time.
         target: how many times faster than ``against``; microseconds if ``against`` is empty.
         floor: below which (above which, for a time) the figure is not reached; None: the target.
@@ -41,9 +41,16 @@ class Figure:
 _RANDN = ("torch.randn",)
 _GENERATORS = ("diffusers randn_tensor, one generator a sample",)
 _EAGER, _COMPILED = ("eager PyTorch",), ("torch.compile of it",)
+_REFERENCE = ("reference",)
 _GROUP_NORM = ("group_norm_silu", 8, (256, 32, 32), _EAGER + _COMPILED)
 _LAST = (("channels_last", True),)
+_IMAGES = (3, 32, 32)
+_DDPM = (("history", 0), ("clamp", 1.0))
+_DDIM = (("history", 0), ("deterministic", True))
+_DPM = (("deterministic", True),)
+_SPLINES, _COMPILED_SPLINE = ("zuko", "nflows"), ("torch.compile of zuko's",)
 
+# fmt: off
 FIGURES = (
     Figure("normal, 2^22, exact", "normal", 1024, (4096,), _RANDN, 4),
     Figure("normal, 2^22, fast", "normal", 1024, (4096,), _RANDN, 7, flags=(("math", "fast"),)),
@@ -52,12 +59,56 @@ FIGURES = (
     Figure("reparameterize 64x16, forward + backward", "reparameterize", 64, (16,), _EAGER, 3, mode="fwdbwd"),
     Figure("reparameterize 512x256, forward + backward", "reparameterize", 512, (256,), _COMPILED, 3, mode="fwdbwd"),
     Figure("reparameterize 4x16, no gradients", "reparameterize", 4, (16,), (), 10),
+    Figure("diffuse 64x3x32x32", "diffuse", 64, _IMAGES, ("diffusers add_noise + randn_like",), 7, 4),
+    Figure(
+        "diffuse + diffusion_loss + gradient 64x3x32x32", "diffusion_objective", 64, _IMAGES,
+        ("diffusers add_noise + F.mse_loss",), 5, 3, mode="fwdbwd",
+    ),
+    Figure(
+        "the same, the noise drawn again and never stored", "diffusion_objective", 64, _IMAGES,
+        ("diffusers add_noise + F.mse_loss",), 5, 3, mode="fwdbwd", flags=(("kept", False),),
+    ),
+    Figure("denoise 64x3x32x32, DDPM", "denoise", 64, _IMAGES, ("diffusers DDPMScheduler.step",), 10, 6, flags=_DDPM),
+    Figure("denoise 1x3x32x32, DDPM", "denoise", 1, _IMAGES, ("diffusers DDPMScheduler.step",), 5, 3, flags=_DDPM),
+    Figure("denoise 64x3x32x32, DDPM", "denoise", 64, _IMAGES, _COMPILED, 30, 20, flags=_DDPM),
+    Figure("denoise 64x3x32x32, DDIM", "denoise", 64, _IMAGES, ("diffusers DDIMScheduler.step",), 4, 3, flags=_DDIM),
+    Figure(
+        "denoise 64x3x32x32, DPM-Solver++ 2M", "denoise", 64, _IMAGES, ("diffusers DPMSolverMultistepScheduler.step",), 8, 4,
+        flags=_DPM,
+    ),
+    Figure(
+        "dynamic_threshold 64x12288", "dynamic_threshold", 64, (3, 64, 64), ("torch.quantile, clamp, divide",), 15, 10
+    ),
     Figure("affine_coupling 4096x512", "affine_coupling", 4096, (512,), _EAGER, 4, 2.5),
     Figure("affine_coupling 4096x512, forward + backward", "affine_coupling", 4096, (512,), _EAGER, 4, 2.5, mode="fwdbwd"),
     Figure("affine_coupling 4096x512", "affine_coupling", 4096, (512,), _COMPILED, 1.3, 1.0),
     Figure("affine_coupling 4096x512, forward + backward", "affine_coupling", 4096, (512,), _COMPILED, 1.3, 1.0, mode="fwdbwd"),
     Figure("lu_linear 16x48x16x16", "lu_linear", 16, (48, 16, 16), _EAGER, 1.5, 1.0),
     Figure("lu_linear 16x48x16x16, forward + backward", "lu_linear", 16, (48, 16, 16), _EAGER, 1.5, 1.0, mode="fwdbwd"),
+    Figure("rq_spline 4096x32, 8 bins", "rq_spline", 4096, (32,), _SPLINES, 30, 20),
+    Figure("rq_spline 4096x32, 8 bins, forward + backward", "rq_spline", 4096, (32,), _SPLINES, 20, 10, mode="fwdbwd"),
+    Figure("rq_spline 4096x32, 8 bins", "rq_spline", 4096, (32,), _COMPILED_SPLINE, 6, 4),
+    Figure("rq_spline 4096x32, 8 bins, forward + backward", "rq_spline", 4096, (32,), _COMPILED_SPLINE, 4, 3, mode="fwdbwd"),
+    Figure(
+        "trace_sqrt_product 2048, float64", "trace_sqrt_product", 1, (2048,), ("torchmetrics' way, eigvals",), 4.3, 3.5,
+        dtype="float64",
+    ),
+    Figure(
+        "trace_sqrt_product 2048, float64", "trace_sqrt_product", 1, (2048,), ("scipy sqrtm",), 20, 15, dtype="float64"
+    ),
+    Figure("nearest_code 16384x64, 1024 codes", "nearest_code", 16384, (64,), ("torch.cdist + argmin",), 5, 4),
+    Figure("codebook step 8192x32, 8192 codes", "codebook_step", 8192, (32,), ("vector-quantize-pytorch",), 25, 10),
+    Figure(
+        "moments 8192x2048, added to a state", "moments", 8192, (2048,), ("torchmetrics' update, float64",), 3, 1.8,
+        flags=(("streaming", True),),
+    ),
+    Figure("upfirdn2d up 2, 4x64x64x64", "upfirdn2d", 4, (64, 64, 64), _REFERENCE, 8, 4),
+    Figure("upfirdn2d up 2, 4x64x64x64, forward + backward", "upfirdn2d", 4, (64, 64, 64), _REFERENCE, 8, 4, mode="fwdbwd"),
+    Figure("upfirdn2d up 2, 4x64x64x64, channels last", "upfirdn2d", 4, (64, 64, 64), _REFERENCE, 8, 4, flags=_LAST),
+    Figure("upfirdn2d up 2, 4x64x64x64", "upfirdn2d", 4, (64, 64, 64), ("depthwise conv_transpose2d",), 8, 4),
+    Figure("bias_act lrelu 4x64x64x64", "bias_act", 4, (64, 64, 64), _EAGER, 2.5),
+    Figure("bias_act lrelu 4x64x64x64, forward + backward", "bias_act", 4, (64, 64, 64), _EAGER, 2.5, mode="fwdbwd"),
+    Figure("bias_act lrelu 4x64x64x64", "bias_act", 4, (64, 64, 64), _COMPILED, 1.0),
     Figure(
         "group_norm_silu 8x256x16x16, bfloat16, channels last",
         "group_norm_silu",
@@ -74,3 +125,4 @@ FIGURES = (
     Figure("group_norm_silu 8x256x32x32, forward + backward", *_GROUP_NORM, 3, 1.8, mode="fwdbwd"),
     Figure("group_norm_silu 8x256x32x32, channels last, forward + backward", *_GROUP_NORM, 3, 1.8, mode="fwdbwd", flags=_LAST),
 )
+# fmt: on

@@ -20,6 +20,7 @@ Call = Callable[[], Any]
 
 _SHORT = 50e-6
 _LOOP = 1e-3
+_LONG_ROUNDS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Timing:
     inner: int
 
     def over(self, other: Timing) -> Quantiles:
-        """How many times longer than ``other`` this took, round by round."""
-        return quantiles([mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)])
+        """How many times longer than ``other`` this took, round by round, over the rounds that both were in."""
+        return quantiles([mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=False)])
 
 
 def _synchronize(device: str) -> None:
@@ -70,21 +71,32 @@ def _run(calls: Sequence[Call], device: str) -> float:
 
 
 def time_rounds(
-    providers: Mapping[str, Sequence[Call]], *, seconds: float, min_rounds: int = 7, device: str = "cpu", seed: int = 0
+    providers: Mapping[str, Sequence[Call]],
+    *,
+    seconds: float,
+    min_rounds: int = 7,
+    device: str = "cpu",
+    seed: int = 0,
+    known: Mapping[str, float] | None = None,
+    patience: float = 2.0,
 ) -> dict[str, Timing]:
     """Time every provider once a round, in an order drawn anew each round, until ``seconds`` have passed.
 
     ``providers`` maps a name to one call for each input set. A round of a provider that needs less than 50 us (or that runs on
     a GPU) is a loop of at least 1 ms over its input sets; otherwise it is one call, on the next input set. Every provider sees
     the same input set in the same round. Garbage collection waits meanwhile.
+
+    A call of more than ``patience`` seconds takes part in the first two rounds alone. ``known`` holds the seconds of calls that
+    have run before, which saves running them once more to find out.
     """
     rng = random.Random(seed)
-    inner = {}
+    inner, allowed = {}, {}
     for name, calls in providers.items():
-        once = _run(calls[:1], device)  # lazy initialisation; a slow provider is not run again for an estimate
-        if once < 0.1:
+        once = (known or {}).get(name) or _run(calls[:1], device)  # lazy initialisation
+        if once < 0.1:  # a slow provider is not run again for an estimate
             once = min(_run(calls, device) for _ in range(2))
         inner[name] = max(1, math.ceil(_LOOP / max(once, 1e-7))) if once < _SHORT or device == "cuda" else 1
+        allowed[name] = _LONG_ROUNDS if once > patience else math.inf
     loops = {name: itertools.cycle(calls) for name, calls in providers.items()}
     times: dict[str, list[float]] = {name: [] for name in providers}
     order = list(providers)
@@ -96,7 +108,7 @@ def time_rounds(
         done = 0
         while done < min_rounds or time.monotonic() < deadline:
             rng.shuffle(order)
-            for name in order:
+            for name in [name for name in order if done < allowed[name]]:
                 calls = list(itertools.islice(loops[name], inner[name]))
                 times[name].append(_run(calls, device))
             done += 1
@@ -107,12 +119,13 @@ def time_rounds(
 
 
 def peak_bytes(call: Call, device: str) -> int | None:
-    """The most memory that one call has allocated at once through PyTorch's allocators, its results included.
+    """The most memory that one call, which has run before, has allocated at once through PyTorch's allocators.
+
+    Its results count.
 
     On the CPU from the events of ``torch.profiler``; scratch that a library takes from malloc directly does not show there.
     None if the profiler reports nothing.
     """
-    call()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

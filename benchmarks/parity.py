@@ -27,14 +27,16 @@ def truth(workload: Workload, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return tensors_of(bind(workload.spec.reference, wide, workload.mode, workload.spec.gradients)())
 
 
-def _names(workload: Workload, inputs: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, precision class) of what a call returns."""
+def _names(workload: Workload, inputs: Mapping[str, Any], count: int) -> list[tuple[str, str]]:
+    """(name, precision class) of the ``count`` tensors that a call returns."""
     spec = workload.spec
     fast = dict(workload.flags).get("math") == "fast"
-    outputs = [(name, "fast" if fast and kind == "exact" else kind) for name, kind in spec.outputs.items()]
-    if workload.mode == "fwd":
-        return outputs
-    return outputs + [(f"gradient of {g}", spec.gradient_precision) for g in spec.gradients if inputs.get(g) is not None]
+    leaves = [g for g in spec.gradients if inputs.get(g) is not None] if workload.mode == "fwdbwd" else []
+    outputs = spec.precisions(count - len(leaves)).items()
+    return [
+        *((name, "fast" if fast and kind == "exact" else kind) for name, kind in outputs),
+        *((f"gradient of {g}", spec.gradient_precision) for g in leaves),
+    ]
 
 
 def check_fused(workload: Workload, inputs: Mapping[str, Any], result: Any, expected: Sequence[Tensor]) -> None:
@@ -43,7 +45,7 @@ def check_fused(workload: Workload, inputs: Mapping[str, Any], result: Any, expe
     Raises:
         ParityError: naming the output and how far off it is.
     """
-    for (name, precision), got, want in zip(_names(workload, inputs), tensors_of(result), expected, strict=True):
+    for (name, precision), got, want in zip(_names(workload, inputs, len(expected)), tensors_of(result), expected, strict=True):
         off = error(got, want, precision) if got.shape == want.shape else float("inf")
         if not off <= 1:
             raise ParityError(f"{workload.title}: {name} is off by {off:.3g} times its tolerance")
@@ -55,7 +57,7 @@ def check_baseline(workload: Workload, inputs: Mapping[str, Any], result: Any, e
     Raises:
         ParityError: naming the output and how far off it is.
     """
-    for (name, _), got, want in zip(_names(workload, inputs), tensors_of(result), expected, strict=True):
+    for (name, _), got, want in zip(_names(workload, inputs, len(expected)), tensors_of(result), expected, strict=True):
         bound = 1e-3 if got.dtype.itemsize >= 4 else 2e-2
         if got.shape != want.shape:
             raise ParityError(f"{workload.title}: {name} has shape {tuple(got.shape)}, expected {tuple(want.shape)}")

@@ -1,44 +1,20 @@
-"""Named peers of the ops: what a user would call without fastgen.
-
-``PEERS[op]`` lists them. ``build(inputs, mode)`` takes one input set of the op and returns a call without arguments;
-packages are imported inside, so that a missing one costs a line in the table and nothing else. ``check(inputs)`` says
-whether the peer does the same work, by statistics or with injected noise, and raises ``ParityError``; without it the
-result of the call is compared with the reference.
-"""
+"""Named peers of the ops and composites: ``PEERS[name]`` lists those of one."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import diffusion_peers
 from benchmarks.parity import ParityError, check_normal
+from benchmarks.peer import Peer
 from benchmarks.workload import bind
 
-__all__ = ["PEERS", "Peer"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Peer:
-    """One way to do the work of an op elsewhere.
-
-    Attributes:
-        name: as in the table.
-        build: ``(inputs, mode)`` -> call without arguments.
-        check: ``(inputs)``; raises ParityError. None: results are compared with the reference.
-        when: whether the peer does what the op does under these flags (those that differ from the default).
-        modes: modes that it has.
-    """
-
-    name: str
-    build: Callable[[dict[str, Any], str], Callable[[], Any]]
-    check: Callable[[dict[str, Any]], None] | None = None
-    when: Callable[[Mapping[str, Any]], bool] = lambda flags: True
-    modes: tuple[str, ...] = ("fwd", "fwdbwd")
+__all__ = ["PEERS"]
 
 
 def _torch_randn(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
@@ -200,6 +176,157 @@ def _lu_linear(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
     return bind(_eager_lu_linear, inputs, mode, ("x", "lower", "upper", "log_diagonal"))
 
 
+def _torch_quantile(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
+    """The lines of diffusers' dynamic thresholding."""
+    x0, quantile, maximum = inputs["x0"], inputs["quantile"], inputs["maximum"]
+
+    def threshold() -> Tensor:
+        flat = x0.reshape(len(x0), -1)
+        s = torch.quantile(flat.abs(), quantile, dim=1).clamp(1, maximum).unsqueeze(1)
+        return (torch.clamp(flat, -s, s) / s).reshape(x0.shape)
+
+    return threshold
+
+
+_SPLINE = ("x", "widths", "heights", "derivatives")
+
+
+def _zuko_spline(bound: float, inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    from zuko.transforms import MonotonicRQSTransform
+
+    def spline(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
+        transform = MonotonicRQSTransform(widths, heights, derivatives, bound=bound)
+        y, log_det = (transform.inv if inverse else transform).call_and_ladj(x)
+        return y, log_det.flatten(1).sum(1)
+
+    return spline
+
+
+def _nflows_spline(bound: float, inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    from nflows.transforms.splines.rational_quadratic import unconstrained_rational_quadratic_spline
+
+    def spline(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
+        parameters = (widths, heights, derivatives)
+        y, log_det = unconstrained_rational_quadratic_spline(x, *parameters, inverse, tails="linear", tail_bound=bound)
+        return y, log_det.flatten(1).sum(1)
+
+    return spline
+
+
+@functools.cache
+def _compiled_spline(bound: float, inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_zuko_spline(bound, inverse), dynamic=False)
+
+
+def _spline(name: str, make: Callable[[float, bool], Callable[..., tuple[Tensor, Tensor]]], convention: str) -> Peer:
+    """A peer that normalises the parameters in its own way, whatever the convention of the workload: the same work."""
+
+    def build(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
+        return bind(make(inputs["bound"], inputs["inverse"]), {n: inputs[n] for n in _SPLINE}, mode, _SPLINE)
+
+    def check(inputs: dict[str, Any]) -> None:
+        from fastgen.ops.rq_spline import rq_spline_reference
+
+        bound, inverse = inputs["bound"], inputs["inverse"]
+        wide = {n: inputs[n].double() for n in _SPLINE}
+        expected = rq_spline_reference(**wide, bound=bound, inverse=inverse, convention=convention)
+        # with gradients where they are timed, or a compiler would work twice
+        leaves = {n: inputs[n].clone().requires_grad_(torch.is_grad_enabled()) for n in _SPLINE}
+        got = make(bound, inverse)(**leaves)
+        for output, mine, theirs in zip(("y", "log_det"), got, expected, strict=True):
+            if not torch.allclose(mine.double(), theirs, rtol=1e-3, atol=1e-3):
+                raise ParityError(f"{output} differs from the reference in the convention of {convention}")
+
+    return Peer(name, build, check)
+
+
+def _vq_codebook(inputs: dict[str, Any]) -> Any:
+    """The codebook of vector-quantize-pytorch in the state of the inputs; it renews itself in place."""
+    from vector_quantize_pytorch import VectorQuantize
+
+    codes, width = inputs["codebook"].shape
+    book = VectorQuantize(
+        width, codes, decay=inputs["decay"], eps=inputs["eps"], threshold_ema_dead_code=0, rotation_trick=False
+    )._codebook.train()
+    for name, value in (("embed", "codebook"), ("embed_avg", "sums"), ("cluster_size", "counts")):
+        getattr(book, name).copy_(inputs[value][None])
+    return book.to(inputs["z"].device)
+
+
+def _vq_step(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
+    book, z = _vq_codebook(inputs), inputs["z"][None]
+    return lambda: book(z)
+
+
+def _check_vq_step(inputs: dict[str, Any]) -> None:
+    """On vectors close to a code each, so that rounding cannot choose another."""
+    from benchmarks.composites import codebook_step_reference
+
+    codebook = inputs["codebook"]
+    generator = torch.Generator().manual_seed(3)
+    own = torch.randint(len(codebook), (len(inputs["z"]),), generator=generator)
+    z = codebook[own] + 0.01 * torch.randn(inputs["z"].shape, generator=generator).to(codebook)
+    given = {**inputs, "z": z}
+    book = _vq_codebook(given)
+    codes, index, _ = book(z[None])
+    got = (index[0], codes[0], book.cluster_size[0], book.embed_avg[0], book.embed[0])
+    names = ("index", "codes", "counts", "sums", "codebook")
+    for name, mine, theirs in zip(names, got, codebook_step_reference(**given), strict=True):
+        if mine.shape != theirs.shape or not torch.allclose(mine.double(), theirs.double(), rtol=1e-3, atol=1e-4):
+            raise ParityError(f"{name} differs from the reference")
+
+
+def _cdist_argmin(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
+    """The index alone, through the matrix of all distances."""
+    z, codebook = inputs["z"], inputs["codebook"]
+    return lambda: torch.cdist(z, codebook).argmin(1)
+
+
+def _check_choice(index: Tensor, inputs: dict[str, Any]) -> None:
+    """Near ties may fall either way: it is the distance of the chosen code that must be the least."""
+    from fastgen.ops.nearest_code import nearest_code_reference
+
+    chosen = (inputs["z"].double() - inputs["codebook"].double()[index]).square().sum(1)
+    if not torch.allclose(
+        chosen, nearest_code_reference(inputs["z"].double(), inputs["codebook"].double()).distance, rtol=1e-3
+    ):
+        raise ParityError("some codes are not the nearest")
+
+
+def _eager_bias_act(x: Tensor, b: Tensor | None, dim: int, act: str, clamp: float | None) -> Tensor:
+    """As StyleGAN's ports without a kernel have it: one operation after the other."""
+    from fastgen.ops.bias_act import ACTIVATIONS
+
+    if b is not None:
+        x = x + b.reshape([-1 if i == dim else 1 for i in range(x.dim())])
+    x = ACTIVATIONS[act].function(x, 0.2)
+    if ACTIVATIONS[act].gain != 1:
+        x = x * ACTIVATIONS[act].gain
+    return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+@functools.cache
+def _compiled_bias_act() -> Callable[..., Any]:
+    return torch.compile(_eager_bias_act, dynamic=False)
+
+
+def _bias_act(function: Callable[[], Callable[..., Any]]) -> Callable[[dict[str, Any], str], Callable[[], Any]]:
+    return lambda inputs, mode: bind(function(), inputs, mode, ("x", "b"))
+
+
+def _transposed_convolution(
+    x: Tensor, f: Tensor, up: int, padding: tuple[int, int, int, int], gain: float = 1, flip_filter: bool = False
+) -> Tensor:
+    """Upsampling as PyTorch does it best: a depthwise transposed convolution, then a crop."""
+    weight = gain * (torch.outer(f, f) if f.dim() == 1 else f)
+    weight = weight.flip(0, 1) if flip_filter else weight
+    # its output begins where the filter meets the first pixel: len(f) - 1 pixels before ours without padding
+    (height, width), (x0, x1, y0, y1) = weight.shape, padding
+    y = torch.nn.functional.conv_transpose2d(x, weight.expand(x.shape[1], 1, -1, -1), stride=up, groups=x.shape[1])
+    sides = [x0 - width + 1, x1 - width + up, y0 - height + 1, y1 - height + up]
+    return torch.nn.functional.pad(y, sides)
+
+
 def _eager_group_norm(
     x: Tensor,
     groups: int,
@@ -230,21 +357,42 @@ def _group_norm(function: Callable[[], Callable[..., Any]]) -> Callable[[dict[st
 
 
 PEERS: dict[str, list[Peer]] = {
+    **diffusion_peers.PEERS,
     "affine_coupling": [
         Peer("eager PyTorch", _coupling(lambda: _eager_coupling)),
         Peer("torch.compile of it", _coupling(_compiled_coupling)),
+    ],
+    "bias_act": [
+        Peer("eager PyTorch", _bias_act(lambda: _eager_bias_act)),
+        Peer("torch.compile of it", _bias_act(_compiled_bias_act)),
     ],
     "group_norm_silu": [
         Peer("eager PyTorch", _group_norm(lambda: _eager_group_norm)),
         Peer("torch.compile of it", _group_norm(_compiled_group_norm)),
     ],
     "lu_linear": [Peer("eager PyTorch", _lu_linear)],
+    "codebook_step": [Peer("vector-quantize-pytorch", _vq_step, _check_vq_step, modes=("fwd",))],
+    "dynamic_threshold": [Peer("torch.quantile, clamp, divide", _torch_quantile, modes=("fwd",))],
+    "rq_spline": [
+        _spline("zuko", _zuko_spline, "zuko"),
+        _spline("nflows", _nflows_spline, "nflows"),
+        _spline("torch.compile of zuko's", _compiled_spline, "zuko"),
+    ],
     "moments": [
         Peer("torchmetrics' update, float64", _torchmetrics_moments, _check_torchmetrics_moments, modes=("fwd",)),
     ],
     "trace_sqrt_product": [
-        Peer("torchmetrics' way, eigvals", _torchmetrics_trace, modes=("fwd",)),
-        Peer("scipy sqrtm", _scipy_trace, modes=("fwd",)),
+        Peer("torchmetrics' way, eigvals", _torchmetrics_trace, modes=("fwd",), slow=True),
+        Peer("scipy sqrtm", _scipy_trace, modes=("fwd",), slow=True),
+    ],
+    "nearest_code": [
+        Peer(
+            "torch.cdist + argmin",
+            _cdist_argmin,
+            lambda inputs: _check_choice(_cdist_argmin(inputs, "fwd")(), inputs),
+            when=lambda flags: not flags.get("statistics"),
+            modes=("fwd",),
+        ),
     ],
     "normal": [
         Peer("torch.randn", _torch_randn, _check_randn),
@@ -256,6 +404,13 @@ PEERS: dict[str, list[Peer]] = {
         ),
     ],
     "uniform": [Peer("torch.rand", _torch_rand, _check_rand)],
+    "upfirdn2d": [
+        Peer(
+            "depthwise conv_transpose2d",
+            lambda inputs, mode: bind(_transposed_convolution, inputs, mode, ("x",)),
+            when=lambda flags: flags.get("resampling", "up 2") == "up 2",
+        ),
+    ],
     "reparameterize": [
         Peer(
             "eager PyTorch",

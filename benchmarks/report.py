@@ -55,6 +55,13 @@ def _mebibytes(value: int | None) -> str:
     return "-" if value is None else f"{value / 2**20:.2f}" if value >= 1 << 14 else f"{value / 2**20:.4f}"
 
 
+def _share(row: Row) -> str:
+    """What was reached of the limit that the op has: the speed of a product of matrices, or of a copy."""
+    if row.gemm_share is not None:
+        return f"{row.gemm_share:.0%} of GEMM"
+    return "-" if row.copy_share is None else f"{row.copy_share:.0%} of copy"
+
+
 def row_table(rows: Sequence[Row]) -> str:
     """Aligned text: one line a provider."""
     heads = (
@@ -71,7 +78,7 @@ def row_table(rows: Sequence[Row]) -> str:
         "p20",
         "p80",
         "GB/s",
-        "of copy",
+        "of the limit",
         "MiB",
     )
     lines = []
@@ -85,7 +92,7 @@ def row_table(rows: Sequence[Row]) -> str:
                 *what,
                 _number(row.median_us, ".2f"), _number(row.p20_us, ".2f"), _number(row.p80_us, ".2f"),
                 _number(row.ratio, ".2f"), _number(row.ratio_p20, ".2f"), _number(row.ratio_p80, ".2f"),
-                _number(row.gb_per_s, ".2f"), _number(row.copy_share, ".0%"), _mebibytes(row.peak_bytes),
+                _number(row.gb_per_s, ".2f"), _share(row), _mebibytes(row.peak_bytes),
             )
         )  # fmt: skip
     timed = [line for line in lines if line[-1]]
@@ -114,7 +121,7 @@ def _rows_of(workload: Workload, rows: Sequence[Row]) -> list[Row]:
 
 
 def figure_table(figures: Sequence[Figure], rows: Sequence[Row]) -> str:
-    """Markdown: work, against what, the target, what was measured, and the share of copy bandwidth reached."""
+    """Markdown: work, against what, the target, what was measured, and the share of the machine's limit reached."""
     lines = []
     for figure in figures:
         own = _rows_of(figure.workload, rows)
@@ -137,9 +144,7 @@ def figure_table(figures: Sequence[Figure], rows: Sequence[Row]) -> str:
         if fused is not None and fused.contended:
             measured += ", machine not idle"
         against = fastest.provider if fastest else " or ".join(figure.against) or "a limit"
-        share = f"{fused.copy_share:.0%}" if fused is not None and fused.copy_share is not None else "-"
+        share = _share(fused) if fused is not None else "-"
         memory = _mebibytes(fused.peak_bytes if fused else None) + " / " + _mebibytes(fastest.peak_bytes if fastest else None)
         lines.append((figure.work, against, target, measured, share, memory))
-    return markdown(
-        lines, ("work", "against", "target", "measured (p20 to p80)", "of copy bandwidth", "peak MiB, ours / theirs")
-    )
+    return markdown(lines, ("work", "against", "target", "measured (p20 to p80)", "of the limit", "peak MiB, ours / theirs"))

@@ -246,6 +246,20 @@ INLINE int64_t sum(vi a) {
 #endif
 }
 
+#ifdef FASTGEN_ONE_LANE
+INLINE bool any(bool chosen) { return chosen; }
+#else
+INLINE bool any(vi chosen) {  // whether a comparison of vf holds in some lane
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)chosen) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)chosen) != 0;
+#else
+  return vmaxvq_u32((uint32x4_t)chosen) != 0;
+#endif
+}
+#endif
+
 INLINE float minimum(vf a) {  // of the lanes; none may be NaN
 #ifdef FASTGEN_ONE_LANE
   return a;
@@ -350,6 +364,41 @@ INLINE void store_columns4(float* p, int64_t stride, vf a, vf b, vf c, vf d) {
     store(p + i * (LANES > 1 ? stride : 1), rows[i]);
 #endif
   }
+}
+
+// a0 b0 a1 b1 ... as two vectors, and back.
+INLINE void interleave(vf a, vf b, vf& low, vf& high) {
+#if defined(__AVX512F__)
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low = (vf)_mm512_permutex2var_ps((__m512)a, first, (__m512)b);
+  high = (vf)_mm512_permutex2var_ps((__m512)a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), (__m512)b);
+#elif defined(__AVX2__)
+  const __m256 even = _mm256_unpacklo_ps((__m256)a, (__m256)b), odd = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  low = (vf)_mm256_permute2f128_ps(even, odd, 0x20);
+  high = (vf)_mm256_permute2f128_ps(even, odd, 0x31);
+#elif defined(FASTGEN_NEON)
+  low = (vf)vzip1q_f32((float32x4_t)a, (float32x4_t)b);
+  high = (vf)vzip2q_f32((float32x4_t)a, (float32x4_t)b);
+#else
+  low = a, high = b;
+#endif
+}
+INLINE void deinterleave(vf low, vf high, vf& a, vf& b) {
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  a = (vf)_mm512_permutex2var_ps((__m512)low, even, (__m512)high);
+  b = (vf)_mm512_permutex2var_ps((__m512)low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), (__m512)high);
+#elif defined(__AVX2__)
+  const __m256 one = _mm256_permute2f128_ps((__m256)low, (__m256)high, 0x20);
+  const __m256 two = _mm256_permute2f128_ps((__m256)low, (__m256)high, 0x31);
+  a = (vf)_mm256_shuffle_ps(one, two, 0x88);
+  b = (vf)_mm256_shuffle_ps(one, two, 0xDD);
+#elif defined(FASTGEN_NEON)
+  a = (vf)vuzp1q_f32((float32x4_t)low, (float32x4_t)high);
+  b = (vf)vuzp2q_f32((float32x4_t)low, (float32x4_t)high);
+#else
+  a = low, b = high;
+#endif
 }
 
 // Which quartet each lane computes so that transpose4 leaves the elements in order: lane 4g + k holds k * LANES / 4 + g.

@@ -102,12 +102,18 @@ def create(name: str, **config: Any) -> Model:
     Args:
         name: one of :func:`names`.
         **config: fields of the model's config; ``event_shape`` is required, everything else has the paper's default.
+            ``features=D`` is short for ``event_shape=(D,)``.
 
     >>> create("vae", event_shape=(1, 28, 28), latent=2).event_shape
     (1, 28, 28)
     """
     entry = describe(name)
     fields = [f.name for f in dataclasses.fields(entry.config)]
+    if "features" in config and "features" not in fields:
+        if "event_shape" in config:
+            raise ValueError(f"{name} takes features or event_shape, not both")
+        config = {**config, "event_shape": (config["features"],)}
+        del config["features"]
     for option in config:
         if option not in fields:
             near = difflib.get_close_matches(option, fields, n=1)

@@ -39,7 +39,7 @@ def moments_kernel(
     p_x, p_moments, channels, pixels, part, parts,
     LAST: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """A pivot near the mean, and the sums of x - pivot and its square, per channel over `part` pixels: [3, images, parts, C]."""
+    """A pivot near the mean, the sums of x - pivot and its square, per channel over `part` pixels: [3, images, parts, C]."""
     i_image, i_part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     i_channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
     m_channel = i_channel < channels

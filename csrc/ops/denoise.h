@@ -25,6 +25,8 @@ struct DenoiseInputs {
     const M *plain, *conditional;
   };
   INLINE bool clamped() const { return low > -INFINITY || high < INFINITY; }
+  // Whether neighbouring samples lie end to end and take the same step: a tile of them is then as good as one long row.
+  INLINE bool alike() const { return coefficient_stride == 0 && model_stride == event && !guidance; }
   INLINE Row row(int64_t r) const {
     const float* c = coefficients + r * coefficient_stride;
     return {c[0], c[1], c[2], c[3], c[4], guidance ? guidance[r] : scale, c + 5, model_out + r * model_stride,
@@ -75,14 +77,16 @@ inline void denoise_fwd_as(const DenoiseInputs<T, M>& in, Keys keys, const float
                            const LogVariance<M>& variance, T* x_next, T* x0, bool fast, int64_t threads) {
   const Tiling tiling(in.rows, in.event);
   const vf low = splat(in.low), high = splat(in.high);
+  const bool together = in.alike() && (!variance.values || (variance.stride == in.event && !variance.bounds_stride));
   tiling.run(threads, [&](const Tile& tile) {
     TileNoise drawn;
     if (!given) denoise_noise(in, keys, tile, fast, drawn.values);
-    for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t rows = together ? 1 : tile.rows, count = together ? tile.rows * tile.count : tile.count;
+    for (int64_t r = 0; r < rows; ++r) {
       const int64_t sample = tile.row + r, base = sample * in.event;
       const auto row = in.row(sample);
-      const float* noise = given ? given + base + tile.begin : drawn.values + r * tile.count;
-      for_blocks(tile.count, [&](int64_t block, int64_t n) {
+      const float* noise = given ? given + base + tile.begin : drawn.values + r * count;
+      for_blocks(count, [&](int64_t block, int64_t n) {
         const int64_t i = tile.begin + block;
         vf xs;
         vf clean = in.template estimate<Rich>(row, sample, i, n, xs);

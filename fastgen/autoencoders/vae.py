@@ -92,16 +92,25 @@ class VAE(Model):
         self.encoder: nn.Module
         self.decoder: nn.Module
         if config.network == "conv":
-            self.encoder = ConvEncoder(config.event_shape, config.widths, 2 * config.latent)
+            self.encoder = ConvEncoder(config.event_shape, config.widths, self.encoded)
             self.decoder = ConvDecoder(config.latent, config.event_shape, config.widths)
         else:
-            self.encoder = MLP(config.event_shape, config.hidden, 2 * config.latent)
+            self.encoder = MLP(config.event_shape, config.hidden, self.encoded)
             self.decoder = MLP(config.latent, config.hidden[::-1], config.event_shape)
         self.log_scale = nn.Parameter(torch.zeros(())) if config.likelihood == "gaussian" else None
+
+    @property
+    def encoded(self) -> int:
+        """Outputs of the encoder."""
+        return 2 * self.config.latent
 
     def encode(self, x: Tensor) -> Posterior:
         """The posterior q(z | x)."""
         return Posterior(*self.encoder(x).chunk(2, 1))
+
+    def draw(self, x: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A draw of z from q(z | x), [N, latent], and the divergence from the prior in nats, [N]."""
+        return ops.reparameterize(*self.encode(x), key)
 
     def decode(self, z: Tensor) -> Tensor:
         """E[x | z], in the range of the data: [N, latent] -> [N, *event_shape]."""
@@ -119,7 +128,7 @@ class VAE(Model):
     def loss(self, batch: Batch, *, key: Tensor | None = None) -> VAELoss:
         """Negative ELBO with weight ``beta`` on the divergence, by one draw at ``key``."""
         x, _ = split_batch(batch)
-        z, kl = ops.reparameterize(*self.encode(x), key)
+        z, kl = self.draw(x, key)
         reconstruction, divergence = -self.log_likelihood(x, z).mean(), kl.mean()
         return VAELoss(reconstruction + self.config.beta * divergence, reconstruction, divergence)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 _PICTURES = 10  # rows and columns of the sample and reconstruction grids
+_FLOW: dict[str, Any] = {"widths": (16, 32, 64), "attention_levels": (), "layers": 1, "learning_rate": 2e-3}
 
 
 def _load_data() -> tuple[Source, Source]:
@@ -34,17 +35,17 @@ def _load_data() -> tuple[Source, Source]:
         return data.load("glyphs", split="train"), data.load("glyphs", split="test")
 
 
-def _train(title: str, source: Source, out: Path, *, steps: int, **config: Any) -> Model:
+def _train(title: str, name: str, source: Source, out: Path, *, steps: int, ema: float = 0.998, **config: Any) -> Model:
     import torch
 
     import fastgen
 
     show.heading(title)
     torch.manual_seed(0)  # the weights to start from
-    model = fastgen.create("vae", event_shape=source.event_shape, **config)
+    model = fastgen.create(name, event_shape=source.event_shape, **config)
     if (out / "config.json").is_file():  # an earlier demo's run
         shutil.rmtree(out)
-    result = fastgen.fit(model, source, steps=steps, batch_size=64, seed=0, out=out, ema=0.998)
+    result = fastgen.fit(model, source, steps=steps, batch_size=64, seed=0, out=out, ema=ema, sample_every=0)
     for note in result.notes:
         show.line(f"note: {note}")
     if result.interrupted:
@@ -83,12 +84,23 @@ def demo(
     train, test = _load_data()
     model = _train(
         f"Training vae on {train.name}: {len(train):,} images",
+        "vae",
         train,
         out / "vae",
-        steps=60 if fast else 2500,
+        steps=60 if fast else 1800,
         latent=8,
     )
-    flat = _train("Training vae with a 2-D latent space", train, out / "vae-2d", steps=60 if fast else 1800, latent=2)
+    flat = _train("Training vae with a 2-D latent space", "vae", train, out / "vae-2d", steps=60 if fast else 1200, latent=2)
+    flow = _train(
+        "Training flow_matching, told the classes",
+        "flow_matching",
+        train,
+        out / "flow_matching",
+        steps=5 if fast else 300,
+        ema=0.98,
+        num_classes=train.num_classes,
+        **_FLOW,
+    )
 
     count = 1_000 if fast else 10_000
     started = time.perf_counter()
@@ -96,16 +108,30 @@ def demo(
     rate = count / (time.perf_counter() - started)
     show.line()
     show.line(f"Drew {count:,} images: {rate:,.0f} images/s")
+    classes = train.num_classes or 1
+    started = time.perf_counter()
+    guided = fastgen.sample(
+        flow,
+        classes * _PICTURES,
+        batch_size=100,
+        steps=20,
+        guidance=2.0,
+        labels=tuple(range(classes)),
+        progress=sys.stderr.isatty(),
+    )
+    rate = len(guided) / (time.perf_counter() - started)
+    show.line(f"Drew {len(guided)} images by 20 steps of guided flow matching: {rate:,.0f} images/s")
     scores = fastgen.evaluate(model, test, importance_samples=64, batch_size=100, progress=sys.stderr.isatty())
     show_scores(scores)
 
     pictures = {
-        "samples.png": (samples[: _PICTURES**2], "samples from the prior"),
+        "samples.png": (samples[: _PICTURES**2], "samples of the VAE from its prior"),
+        "classes.png": (guided, "samples of flow matching, a column for each class"),
         "reconstructions.png": (_reconstructions(model, test), "test images, each above its reconstruction"),
         "manifold.png": (manifold(flat, 20).cpu(), "the 2-D latent space, decoded on a grid"),
     }
     for name, (grid, _) in pictures.items():
-        images.save_png(grid, out / name, columns=round(len(grid) ** 0.5))
+        images.save_png(grid, out / name, columns=classes if name == "classes.png" else round(len(grid) ** 0.5))
     written = {str(out / name): what for name, (_, what) in pictures.items()}
     if (out / "vae" / "loss.png").is_file():
         shutil.copyfile(out / "vae" / "loss.png", out / "loss.png")

@@ -43,27 +43,36 @@ def evaluate(
     seed: Annotated[int, typer.Option(metavar="S", help="Seed of those draws.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Samples scored at a time.")] = 64,
     device: options.Device = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw data, samples and density of a model of the plane."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here too.")] = None,
 ) -> None:
     """Score a run on held-out data.
 
-    Prints bounds on the log-likelihood in nats per sample and in bits per dimension.
+    Prints the log-likelihood, or bounds on it, in nats per sample and in bits per dimension.
     """
     import fastgen
+    from fastgen.metrics import open_scored
+    from fastgen.sampling import planes
 
     options.check_device(device)
+    model, source = open_scored(run, data, split, device)
+    if plot is not None:
+        planes.check_density(model)
     scores = fastgen.evaluate(
-        run,
-        data,
-        split=split,
+        model,
+        source,
         n=number,
         importance_samples=importance_samples,
         seed=seed,
         batch_size=batch_size,
-        device=device,
         progress=sys.stderr.isatty(),
     )
     show_scores(scores)
+    if plot is not None:
+        show.line(f"-> {planes.save_density(model, source, plot, seed=seed)}")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(scores, indent=2) + "\n")

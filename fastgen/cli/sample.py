@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastgen.cli import options, show
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = ["sample"]
+
+_POINTS = 2000
 
 
 def _parse_ids(text: str) -> range:
@@ -21,15 +27,43 @@ def _parse_ids(text: str) -> range:
     return range(int(first), int(last))
 
 
+def _beside_data(points: Tensor, run: Path, target: Path) -> Path:
+    """Draw points of the plane beside as many of the data that the run was trained on, where these are still to be had."""
+    from fastgen.sampling import planes
+    from fastgen.training import RunDir
+    from fastgen.training.batches import open_source
+
+    panels: dict[str, Tensor | planes.Density] = {"samples": points}
+    spec = RunDir(run).read_config()["data"]["spec"]
+    if spec is not None:
+        with contextlib.suppress(FileNotFoundError):
+            source = open_source(spec, (2,))
+            panels = {f"data: {source.name}": planes.first_of(source, len(points)), **panels}
+    return planes.save_panels(panels, target)
+
+
+def _report_inference(model: Any, values: dict[str, Any]) -> None:
+    """Say how far the copy of a diffusion network that draws is from the network, where one was asked for."""
+    chosen = values.get("inference", "plain")
+    error = getattr(model, "inference_error", None)
+    if chosen != "plain" and error is not None:
+        show.line(f"{chosen} network: relative error {100 * error(chosen):.2g} % of its output")
+
+
 def sample(
     run: options.RunDirectory,
     n: Annotated[
-        int | None, typer.Option("-n", "--number", min=1, metavar="N", help="How many samples.", show_default="64")
+        int | None,
+        typer.Option(
+            "-n", "--number", min=1, metavar="N", help="How many samples.", show_default="64, or 2000 points of a plane"
+        ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE|FOLDER", help="FILE.png (a grid), .npz, .safetensors, or a folder.", show_default="DIR/samples.png"
+            metavar="FILE|FOLDER",
+            help="FILE.png (a grid; points of a plane beside the data), .npz, .safetensors, or a folder.",
+            show_default="DIR/samples.png",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="S", help="Sample i is a function of seed and i alone.")] = 0,
@@ -49,11 +83,13 @@ def sample(
     if n is not None and ids is not None:
         raise ValueError("-n and --ids exclude each other")
     chosen = None if ids is None else _parse_ids(ids)
-    count = len(chosen) if chosen is not None else (n or 64)
     options.check_device(device)
     model = fastgen.load(run, device=device)
     values = options.parse_settings(settings or [], options.sample_types(model), f"sample() of {type(model).__name__}")
+    _report_inference(model, values)
     target = out or run / "samples.png"
+    points = model.event_shape == (2,) and target.suffix.lower() == ".png" and not target.is_dir()
+    count = len(chosen) if chosen is not None else (n or (_POINTS if points else 64))
     begin = time.perf_counter()
     where = fastgen.sample(
         model,
@@ -62,10 +98,12 @@ def sample(
         seed=seed,
         batch_size=batch_size,
         micro_batch=micro_batch,
-        out=target,
+        out=None if points else target,
         device=device,
         progress=sys.stderr.isatty(),
         **values,
     )
     seconds = time.perf_counter() - begin
+    if not isinstance(where, Path):
+        where = _beside_data(where, run, target)
     show.line(f"{count:,} samples in {show.duration(seconds)} ({show.amount(count / seconds)}/s) -> {where}")

@@ -26,7 +26,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["check_labels", "check_samples", "convert_channels", "fit_images", "load_arrays", "shape_text"]
+__all__ = [
+    "check_labels",
+    "check_samples",
+    "check_targets",
+    "convert_channels",
+    "fit_images",
+    "load_arrays",
+    "shape_text",
+]
 
 _CHANNELS = (1, 3, 4)
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow's "L"
@@ -107,6 +115,20 @@ def check_labels(y: Any, n: int, name: str) -> Tensor:
     if n and int(labels.min()) < 0:
         raise ValueError(f"the labels of {name} must not be negative, got {int(labels.min())}")
     return labels
+
+
+def check_targets(y: Any, x: Tensor, name: str) -> Tensor:
+    """What belongs to the samples ``x``: floats of their shape, such as noise, as float32, or labels as int64 [N].
+
+    Raises:
+        ValueError: neither.
+    """
+    values = y if isinstance(y, Tensor) else np.asarray(y)
+    if tuple(values.shape) == tuple(x.shape) and (
+        values.is_floating_point() if isinstance(values, Tensor) else values.dtype.kind == "f"
+    ):
+        return torch.as_tensor(values).detach().float()
+    return check_labels(values, len(x), name)
 
 
 def convert_channels(x: Tensor, channels: int | None, name: str) -> Tensor:

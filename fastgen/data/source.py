@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastgen.data.arrays import check_labels, check_samples, fit_images, shape_text
+from fastgen.data.arrays import check_samples, check_targets, fit_images, shape_text
 
 __all__ = [
     "ArraySource",
@@ -128,7 +128,7 @@ class Source(Dataset[Any]):
             indices: int64 [B], each in 0 .. len(self) - 1, on the CPU.
 
         Returns:
-            ``(x,)`` or ``(x, y)``: x float32 [B, *event_shape], y int64 [B], on the CPU.
+            ``(x,)`` or ``(x, y)``: x float32 [B, *event_shape], y int64 [B] (or float32 like x), on the CPU.
         """
         raise NotImplementedError
 
@@ -144,12 +144,12 @@ class Source(Dataset[Any]):
 
 
 class ArraySource(Source):
-    """Samples held in memory: uint8 or float32, with optional labels.
+    """Samples held in memory: uint8 or float32, with optional labels or paired samples.
 
     Args:
         name: for logs and errors.
         x: samples as :func:`fastgen.data.arrays.check_samples` takes them.
-        y: integer labels [N], or None.
+        y: integer labels [N], floats of the shape of ``x`` that belong to its samples, or None.
         image_size: side of the square that images are resized to (short side, then centre crop); None keeps them.
         channels: 1 or 3, to convert images to; None keeps them.
         num_classes: where the labels present do not tell.
@@ -172,10 +172,10 @@ class ArraySource(Source):
     ) -> None:
         self.name = name
         self.x = fit_images(check_samples(x, name), image_size, channels, name)
-        self.y = None if y is None else check_labels(y, len(self.x), name)
+        self.y = None if y is None else check_targets(y, self.x, name)
         self.event_shape = tuple(self.x.shape[1:])
         self.classes = classes
-        if self.y is not None:
+        if self.y is not None and not self.y.is_floating_point():
             self.num_classes = num_classes or len(classes) or int(self.y.max()) + 1
             if int(self.y.max()) >= self.num_classes:
                 raise ValueError(f"{name}: label {int(self.y.max())} with {self.num_classes} classes")
@@ -206,7 +206,7 @@ def _to_batch(x: Any, y: Any, name: str, event_shape: tuple[int, ...] | None = N
         samples = samples.float().div_(255)
     if event_shape is not None and tuple(samples.shape[1:]) != event_shape:
         raise ValueError(f"{name} has shape {shape_text(samples.shape[1:])}, the others {shape_text(event_shape)}")
-    return (samples,) if y is None else (samples, check_labels(y, len(samples), name))
+    return (samples,) if y is None else (samples, check_targets(y, samples, name))
 
 
 def _split_item(item: Any, name: str) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,17 @@ from fastgen.metrics.frechet import frechet_distance
 from fastgen.metrics.likelihood import LatentModel, bits_per_dim, elbo, has_elbo, iw_bound
 from fastgen.nn.model import Model, split_batch
 
-__all__ = ["UNITS", "LatentModel", "bits_per_dim", "elbo", "evaluate", "frechet_distance", "has_elbo", "iw_bound"]
+__all__ = [
+    "UNITS",
+    "LatentModel",
+    "bits_per_dim",
+    "elbo",
+    "evaluate",
+    "frechet_distance",
+    "has_elbo",
+    "iw_bound",
+    "open_scored",
+]
 
 UNITS = {
     "samples": ("held-out samples", ""),
@@ -28,8 +39,10 @@ UNITS = {
 """Label and unit of each number that :func:`evaluate` gives; ``NAME_stderr`` has the unit of NAME."""
 
 
-def _open(model_or_dir: Model | str | Path, data: Any, split: str, device: Any) -> tuple[Model, Source]:
-    """The model, and the data to score it on in the shape that it takes."""
+def open_scored(
+    model_or_dir: Model | str | Path, data: Any = None, split: str = "test", device: torch.device | str | None = None
+) -> tuple[Model, Source]:
+    """The model, and the data to score it on in the shape that it takes; arguments and errors are those of :func:`evaluate`."""
     from fastgen.training.batches import open_source
     from fastgen.training.run import RunDir, load
 
@@ -54,7 +67,7 @@ def _mean(name: str, values: list[Tensor]) -> dict[str, float]:
 
 def _levels(model: Model) -> int:
     """Grey levels that a density on [0, 1] has to be scaled by; 1 where the decoder gives a probability mass."""
-    return 1 if getattr(model.config, "likelihood", None) == "bernoulli" else 256
+    return 1 if getattr(model.config, "likelihood", None) == "bernoulli" else getattr(model.config, "grey_levels", 0) or 256
 
 
 @torch.no_grad()
@@ -78,21 +91,25 @@ def evaluate(
         split: which part of named data to take: "train" or "test".
         n: score the first n samples only.
         importance_samples: draws of z per sample in the importance-weighted bound.
-        seed: of those draws; sample i is scored with the same draws for any batch size.
+        seed: of those draws, and of the noise that dequantises images; sample i is scored with the same draws for any batch
+            size.
 
     Returns:
         ``samples`` (their count) and, for a model with an ELBO, ``elbo_nats``, ``iw_bound_nats`` and
-        ``importance_samples``; for a model with ``log_prob``, ``log_prob_nats``. Means over the samples, each with its
-        standard error as ``NAME_stderr``. For images also ``bits_per_dim`` of the tightest of them: of 8-bit values for a
-        density on [0, 1], of the pixels as probabilities for a Bernoulli decoder.
+        ``importance_samples``; for a model with ``log_prob``, ``log_prob_nats``; for one with a variational ``bound``,
+        ``elbo_nats``. Means over the samples, each with its standard error as ``NAME_stderr``. For images also
+        ``bits_per_dim`` of the tightest of them: of 8-bit values for a density on [0, 1] or a probability of grey levels, of
+        the pixels as probabilities for a Bernoulli decoder.
 
     Raises:
         ValueError: no data, data of another shape, a model that has no likelihood.
     """
-    model, source = _open(model_or_dir, data, split, device)
+    model, source = open_scored(model_or_dir, data, split, device)
     log_prob = getattr(model, "log_prob", None)
+    draws = log_prob is not None and "key" in inspect.signature(log_prob).parameters  # dequantisation noise
     bounded = model if has_elbo(model) else None
-    if log_prob is None and bounded is None:
+    bound = getattr(model, "bound", None)
+    if log_prob is None and bounded is None and bound is None:
         raise ValueError(f"{type(model).__name__} has neither log_prob nor an ELBO: there is no likelihood to evaluate")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -105,10 +122,12 @@ def evaluate(
     try:
         for first in _progress(range(0, count, batch_size), "scoring", progress):
             x = split_batch(source.batch(torch.arange(first, min(first + batch_size, count))))[0].to(model.device)
+            key = random.key(seed, stream=random.Stream.EVALUATE, sample=first, device=model.device)
             if log_prob is not None:
-                columns.setdefault("log_prob_nats", []).append(log_prob(x))
+                columns.setdefault("log_prob_nats", []).append(log_prob(x, key=key) if draws else log_prob(x))
+            if bound is not None:
+                columns.setdefault("elbo_nats", []).append(-bound(x, key=key).total)
             if bounded is not None:
-                key = random.key(seed, stream=random.Stream.EVALUATE, sample=first, device=model.device)
                 columns.setdefault("elbo_nats", []).append(elbo(bounded, x, key=key))
                 weighted = iw_bound(bounded, x, importance_samples, key=random.at(key, step=1))
                 columns.setdefault("iw_bound_nats", []).append(weighted)
@@ -120,8 +139,10 @@ def evaluate(
     if bounded is not None:
         scores["importance_samples"] = importance_samples
     if source.kind == "image":
-        tightest = scores["iw_bound_nats" if log_prob is None else "log_prob_nats"]
-        scores["bits_per_dim"] = bits_per_dim(tightest, model.event_shape, levels=_levels(model))
+        tightest = next(scores[name] for name in ("log_prob_nats", "iw_bound_nats", "elbo_nats") if name in scores)
+        # a bound is on the probability of grey levels, not on a density
+        levels = 1 if log_prob is None and bound is not None else _levels(model)
+        scores["bits_per_dim"] = bits_per_dim(tightest, model.event_shape, levels=levels)
     return scores
 
 

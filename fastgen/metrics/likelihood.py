@@ -5,6 +5,9 @@ For a decoder p(x|z), a prior p(z) = N(0, I) and an encoder q(z|x) = N(mean, exp
     elbo(x)       = E_q[log p(x|z)] - KL(q(z|x) || p(z))                       <= log p(x)
     iw_bound_K(x) = E[log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x)],  z_k ~ q      <= log p(x)
 
+A model whose posterior is a flow has ``transform_posterior(x, z)`` as well, which gives draws of q and log-determinants from
+those of the normal distribution.
+
 The second never decreases with K and tends to log p(x) (Burda, Grosse, Salakhutdinov 2016, "Importance weighted
 autoencoders", https://arxiv.org/abs/1509.00519, theorem 1).
 """
@@ -42,6 +45,15 @@ def _require_elbo(model: object) -> None:
         raise TypeError(f"{type(model).__name__} has no ELBO: it lacks encode(x) or log_likelihood(x, z)")
 
 
+def _transformed(model: LatentModel, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """What the flow of the posterior, if there is one, makes of z, and what it adds to log p(z) - log q(z|x): [N]."""
+    transform = getattr(model, "transform_posterior", None)
+    if transform is None:
+        return z, z.new_zeros(len(z))
+    moved, log_det = transform(x, z)
+    return moved, log_det + (z.square() - moved.square()).sum(1) / 2
+
+
 @torch.no_grad()
 def elbo(model: LatentModel, x: Tensor, *, key: Tensor | None = None) -> Tensor:
     """One-sample estimate of the evidence lower bound, the KL term in closed form.
@@ -55,8 +67,9 @@ def elbo(model: LatentModel, x: Tensor, *, key: Tensor | None = None) -> Tensor:
     """
     _require_elbo(model)
     mean, log_var = model.encode(x)
-    z, kl = ops.reparameterize(mean, log_var, key=key)
-    return model.log_likelihood(x, z).float() - kl.float()
+    start, kl = ops.reparameterize(mean, log_var, key=key)
+    z, gain = _transformed(model, x, start)
+    return model.log_likelihood(x, z).float() - kl.float() + gain.float()
 
 
 @torch.no_grad()
@@ -87,7 +100,10 @@ def iw_bound(model: LatentModel, x: Tensor, samples: int = 64, *, key: Tensor | 
     # log p(z) - log q(z|x): the normalising constants of the two normals cancel.
     ratio = (noise.double().square() + log_var.double() - z.double().square().view(noise.shape)).flatten(2).sum(2) / 2
     rows = torch.arange(n, device=x.device).repeat_interleave(samples)
-    parts = [model.log_likelihood(x[r], z_r).double() for r, z_r in zip(rows.split(chunk), z.split(chunk), strict=True)]
+    parts = []
+    for r, start in zip(rows.split(chunk), z.split(chunk), strict=True):
+        end, gain = _transformed(model, x[r], start)
+        parts.append(model.log_likelihood(x[r], end).double() + gain.double())
     log_weight = torch.cat(parts).view(n, samples) + ratio
     return torch.logsumexp(log_weight, dim=1) - math.log(samples)
 

@@ -3,6 +3,7 @@
 from fastgen.ops._dispatch import explain, info, use_backend, use_math
 from fastgen.ops._spec import OpSpec, all_specs, get_spec
 from fastgen.ops.affine_coupling import Coupled, affine_coupling
+from fastgen.ops.bias_act import bias_act
 from fastgen.ops.denoise import Denoised, denoise
 from fastgen.ops.diffuse import Diffused, diffuse
 from fastgen.ops.diffusion_loss import diffusion_loss
@@ -10,6 +11,7 @@ from fastgen.ops.dynamic_threshold import dynamic_threshold
 from fastgen.ops.group_norm_silu import group_norm_silu
 from fastgen.ops.lu_linear import lu_linear
 from fastgen.ops.moments import Moments, merge_moments, moments
+from fastgen.ops.nearest_code import CodeStatistics, NearestCode, nearest_code
 from fastgen.ops.normal import normal
 from fastgen.ops.reparameterize import Reparameterized, reparameterize
 from fastgen.ops.rq_spline import Splined, rq_spline
@@ -23,39 +25,49 @@ from fastgen.ops.trace_sqrt_product import (
     trace_sqrt_product_features,
 )
 from fastgen.ops.uniform import uniform
+from fastgen.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
+    "CodeStatistics",
     "Coupled",
     "CovarianceFactor",
     "Denoised",
     "Diffused",
     "Moments",
+    "NearestCode",
     "OpSpec",
     "Polar",
     "Reparameterized",
     "Splined",
     "affine_coupling",
     "all_specs",
+    "bias_act",
     "covariance_factor",
     "denoise",
     "diffuse",
     "diffusion_loss",
+    "downsample2d",
     "dynamic_threshold",
     "explain",
+    "filter2d",
     "get_spec",
     "group_norm_silu",
     "info",
     "lu_linear",
     "merge_moments",
     "moments",
+    "nearest_code",
     "normal",
     "polar",
     "reparameterize",
     "rq_spline",
+    "setup_filter",
     "sqrtm",
     "trace_sqrt_product",
     "trace_sqrt_product_features",
     "uniform",
+    "upfirdn2d",
+    "upsample2d",
     "use_backend",
     "use_math",
 ]

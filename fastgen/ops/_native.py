@@ -59,6 +59,12 @@ def ready() -> bool:
     return bool(_table) or missing() is None
 
 
+# What torch.compile takes as it stands instead of tracing it: nothing can be imported there. `assume_constant_result` sets this
+# too, but importing it imports the compiler.
+for _answer in (missing, ready):
+    _answer.__dict__["_dynamo_marked_constant"] = True
+
+
 def available_isas() -> list[str]:
     """Instruction sets that were compiled in and that this CPU has, fastest first."""
     missing()

@@ -22,6 +22,7 @@ class OpSpec:
         reference: plain PyTorch with the same arguments; its own autograd is the truth for gradients.
         outputs: name of each output -> precision class: "exact", "elementwise", "reduction", "iterative" or
             "conditioned".
+        extra_outputs: the same for outputs that an option adds after those.
         gradients: names of the inputs that gradients flow to.
         example_inputs: ``(rows, event, *, dtype, device, generator, **flags)`` -> keyword arguments of ``function``.
         flags: values that the options of ``example_inputs`` may take; tests draw from them, the first is the default.
@@ -30,8 +31,11 @@ class OpSpec:
         backends: the fused backends that the op has kernels for; none where libraries under PyTorch do all the work.
         shapes: (rows, event) of the benchmark, from latency-bound to memory-bound.
         bytes_moved: ``(inputs, mode)`` -> bytes a perfect kernel reads and writes; mode "fwd" or "fwdbwd".
+        operations: ``(inputs, mode)`` -> additions and multiplications that the op takes, where they and not the bytes are its
+            limit.
         dtypes: storage types of the fused backends.
         gradient_precision: precision class of the gradients.
+        double_backward: the gradients have gradients of their own, as penalties on gradients need.
         samplewise: row i of the outputs depends on row i of the inputs alone.
         needs_key: there is no default for ``key``: the op repeats noise that another has drawn.
         stops_gradient: something that depends on the inputs counts as a constant, which finite differences cannot know.
@@ -46,12 +50,15 @@ class OpSpec:
     example_inputs: Callable[..., dict[str, Any]]
     shapes: tuple[tuple[int, tuple[int, ...]], ...]
     bytes_moved: Callable[[dict[str, Any], str], int]
+    extra_outputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     flags: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     event_ranks: tuple[int, ...] = (0, 1, 3)
     sizes: tuple[int, ...] | None = None
     backends: tuple[str, ...] = ("triton", "cpp")
+    operations: Callable[[dict[str, Any], str], int] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     gradient_precision: str = "elementwise"
+    double_backward: bool = False
     samplewise: bool = True
     needs_key: bool = False
     stops_gradient: bool = False
@@ -65,7 +72,11 @@ class OpSpec:
     def outputs_of(self, result: Any) -> dict[str, Tensor]:
         """The outputs of one call by name."""
         values = (result,) if isinstance(result, Tensor) else tuple(result)
-        return dict(zip(self.outputs, values, strict=True))
+        return dict(zip(self.precisions(len(values)), values, strict=True))
+
+    def precisions(self, count: int) -> dict[str, str]:
+        """Name -> precision class of the outputs of a call that returns ``count`` of them."""
+        return dict(self.outputs) if count == len(self.outputs) else {**self.outputs, **self.extra_outputs}
 
 
 _specs: dict[str, OpSpec] = {}

@@ -390,7 +390,7 @@ def denoise(
     guidance: float | Tensor | None = None,
     clamp: float | tuple[float, float] | None = None,
     log_variance: Tensor | tuple[Tensor, Tensor] | None = None,
-    out: Tensor | None = None,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
     return_x0: bool = True,
     math: str | None = None,
     backend: str | None = None,
@@ -411,7 +411,8 @@ def denoise(
         log_variance: logarithm of a variance per element, of the shape of ``x``: exp(log_variance / 2) multiplies S z. Or a
             pair (v, bounds) for a learned range: v as the network gives it, -1 and 1 at the two bounds (low, high) of the
             logarithm, [2] or one row per sample [N, 2].
-        out: receives ``x_next``; may be ``x`` itself. Not where gradients are required.
+        out: receives ``x_next``; may be ``x`` itself. Or a pair that receives both: ``x0`` may go to a slot of ``history``
+            that is read by the same step. Not where gradients are required.
         return_x0: False saves writing the estimate (4 bytes an element).
         math: "exact" or "fast", see :func:`fastgen.ops.normal`.
         backend: None, "reference", "cpp" or "triton".
@@ -433,23 +434,31 @@ def denoise(
         or (inputs.history is not None and inputs.history.requires_grad)
         or (inputs.log_variance is not None and inputs.log_variance.requires_grad)
     )
-    if out is not None:
+    out, room = out if isinstance(out, tuple) else (out, None)
+    for given in (out, room):
+        if given is None or (given is x and not differentiate):
+            continue
         if differentiate:
             raise ValueError("out= cannot be given where gradients are required")
-        if not isinstance(out, Tensor) or out.dtype is not x.dtype or out.shape != x.shape or out.device != x.device:
+        if not isinstance(given, Tensor) or given.dtype is not x.dtype or given.shape != x.shape or given.device != x.device:
             raise ValueError(f"out must be a tensor like x: {x.dtype} {tuple(x.shape)} on {x.device}")
+    if room is not None and not (return_x0 and room.is_contiguous()):
+        raise ValueError("out for x0 must be contiguous, and return_x0 left True")
     chosen = _dispatch.choose(SPEC, backend, x)
     if chosen == "reference":
         x_next, x0 = _reference(inputs)
+        if room is not None:
+            x0 = room.copy_(x0)
         return Denoised(x_next if out is None else out.copy_(x_next), x0 if return_x0 else None)
     fast = _dispatch.is_fast(math)
     if differentiate:
         x_next, x0 = _Denoise.apply(fast, chosen, *inputs)
         return Denoised(x_next, x0 if return_x0 else None)
-    if out is not None and out.is_contiguous():
-        estimate = torch.empty_like(x) if return_x0 else None
-        _step_into(*inputs, fast, chosen, out, estimate)
-        return Denoised(out, estimate)
+    if room is not None or (out is not None and out.is_contiguous()):
+        to = out if out is not None and out.is_contiguous() else torch.empty_like(x)
+        estimate = torch.empty_like(x) if return_x0 and room is None else room
+        _step_into(*inputs, fast, chosen, to, estimate)
+        return Denoised(to if out is None or to is out else out.copy_(to), estimate)
     if return_x0:
         x_next, estimate = _step(*inputs, fast, chosen)
     else:
@@ -465,6 +474,7 @@ def _example_inputs(
     device: str = "cpu",
     generator: torch.Generator | None = None,
     per_sample: bool = False,
+    deterministic: bool = False,
     history: int = 1,
     guidance: str | None = None,
     clamp: float | tuple[float, float] | None = None,
@@ -484,6 +494,8 @@ def _example_inputs(
     coefficients = table(1.3, -0.8, 0.6, 0.4, 0.3, *(0.2 * (-0.5) ** h for h in range(history)))
     if per_sample:
         coefficients[::3, 4] = 0
+    if deterministic:
+        coefficients[..., 4] = 0
     model_dtype = torch.bfloat16 if bfloat16_model and dtype is torch.float32 else dtype
     inputs: dict[str, Any] = {
         "x": draw(rows, *event).to(dtype),
@@ -524,6 +536,7 @@ SPEC = OpSpec(
     example_inputs=_example_inputs,
     flags={
         "per_sample": (False, True),
+        "deterministic": (False, True),
         "history": (1, 0, 3),
         "guidance": (None, "number", "tensor"),
         "clamp": (None, 1.0, (-0.5, 2.0)),

@@ -35,7 +35,7 @@ from torch.nn.functional import pad, softplus
 from fastgen.ops import _checks, _dispatch, _native
 from fastgen.ops._spec import OpSpec
 
-__all__ = ["Splined", "rq_spline", "rq_spline_reference"]
+__all__ = ["Splined", "rational_quadratic", "rq_spline", "rq_spline_reference"]
 
 CONVENTIONS = ("nflows", "zuko")
 LEAST = 1e-3
@@ -60,6 +60,44 @@ def _knots(widths: Tensor, bound: float, convention: str) -> tuple[Tensor, Tenso
         shares = LEAST + (1 - LEAST * bins) * torch.softmax(widths, -1)
     inner = bound * (2 * shares.cumsum(-1)[..., :-1] - 1)
     return pad(pad(inner, (1, 0), value=-bound), (0, 1), value=bound), 2 * bound * shares
+
+
+def rational_quadratic(
+    point: Tensor,
+    k: Tensor,
+    knots_x: Tensor,
+    widths: Tensor,
+    knots_y: Tensor,
+    heights: Tensor,
+    slopes: Tensor,
+    *,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The map of every point in its bin, or the inverse, and the logarithm of the derivative of what was applied.
+
+    Args:
+        point: [...], inside the spline.
+        k: [..., 1], the bin that each point lies in.
+        knots_x, knots_y, slopes: knots and derivatives there, [..., K + 1].
+        widths, heights: of the bins, [..., K].
+    """
+    x0, w, y0, h, d0 = (t.gather(-1, k).squeeze(-1) for t in (knots_x, widths, knots_y, heights, slopes))
+    d1 = slopes.gather(-1, k + 1).squeeze(-1)
+    s = h / w
+    if inverse:
+        zeta = ((point - y0) / h).clamp(0, 1)
+        rising = d0 * (1 - zeta) < d1 * zeta
+        e = torch.where(rising, d1 * zeta - d0 * (1 - zeta), d0 * (1 - zeta) - d1 * zeta)
+        root = e + torch.sqrt(e.square() + 4 * s.square() * zeta * (1 - zeta))
+        small = 2 * s * torch.where(rising, 1 - zeta, zeta)
+        theta = torch.where(rising, root, small) / (root + small)
+    else:
+        theta = (point - x0) / w
+    phi = 1 - theta
+    numerator, rest = theta * (s * theta + d0 * phi), phi * (s * phi + d1 * theta)
+    curve = d1 * theta.square() + 2 * s * theta * phi + d0 * phi.square()
+    log_slope = torch.log(curve) + 2 * torch.log(s / (numerator + rest))
+    return (x0 + w * theta, -log_slope) if inverse else (y0 + h * numerator / (numerator + rest), log_slope)
 
 
 def rq_spline_reference(
@@ -88,26 +126,11 @@ def rq_spline_reference(
     point = torch.where(tail, 0.0, given)
     searched = (knots_y if inverse else knots_x)[..., 1:-1]
     reached = searched < point[..., None] if convention == "zuko" else searched <= point[..., None]
-    k = reached.sum(-1, keepdim=True)
-    x0, w, y0, h, d0 = (t.gather(-1, k).squeeze(-1) for t in (knots_x, widths, knots_y, heights, slopes))
-    d1 = slopes.gather(-1, k + 1).squeeze(-1)
-    s = h / w
-    if inverse:
-        zeta = ((point - y0) / h).clamp(0, 1)
-        rising = d0 * (1 - zeta) < d1 * zeta
-        e = torch.where(rising, d1 * zeta - d0 * (1 - zeta), d0 * (1 - zeta) - d1 * zeta)
-        root = e + torch.sqrt(e.square() + 4 * s.square() * zeta * (1 - zeta))
-        small = 2 * s * torch.where(rising, 1 - zeta, zeta)
-        theta = torch.where(rising, root, small) / (root + small)
-    else:
-        theta = (point - x0) / w
-    phi = 1 - theta
-    numerator, rest = theta * (s * theta + d0 * phi), phi * (s * phi + d1 * theta)
-    curve = d1 * theta.square() + 2 * s * theta * phi + d0 * phi.square()
-    out = x0 + w * theta if inverse else y0 + h * numerator / (numerator + rest)
-    log_slope = torch.log(curve) + 2 * torch.log(s / (numerator + rest))
+    out, log_slope = rational_quadratic(
+        point, reached.sum(-1, keepdim=True), knots_x, widths, knots_y, heights, slopes, inverse=inverse
+    )
     y = torch.where(tail, given, out)
-    log_det = torch.where(tail, 0.0, -log_slope if inverse else log_slope)
+    log_det = torch.where(tail, 0.0, log_slope)
     return Splined(y.to(x.dtype), log_det.reshape(len(x), math.prod(x.shape[1:])).sum(1))
 
 

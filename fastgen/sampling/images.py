@@ -17,7 +17,7 @@ from torch import Tensor
 from fastgen._extras import require
 from fastgen.training.checkpoint import write_atomic
 
-__all__ = ["encode_png", "grid", "save_png", "save_scatter", "to_uint8"]
+__all__ = ["encode_png", "grid", "save_png", "to_uint8"]
 
 _BACKGROUND = 255
 
@@ -97,28 +97,4 @@ def save_png(images: Tensor, path: str | Path, *, columns: int | None = None, pa
     pixels = encode_png(grid(images, columns=columns, padding=padding))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, pixels)
-    return path
-
-
-def save_scatter(points: Tensor, path: str | Path) -> Path:
-    """Write a scatter plot of points [N, 2] as a PNG, both axes to one scale.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-        ValueError: the points are not [N, 2].
-    """
-    if points.dim() != 2 or points.shape[1] != 2:
-        raise ValueError(f"points must be [N, 2], got {list(points.shape)}")
-    path = Path(path)
-    module = require("matplotlib.figure", package="matplotlib", extra="cli", purpose="a scatter plot")
-    figure = module.Figure(figsize=(5, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    x, y = points.detach().float().cpu().numpy().T
-    axes.scatter(x, y, s=4, alpha=0.5, linewidths=0)
-    axes.set_aspect("equal", adjustable="datalim")
-    axes.grid(alpha=0.3)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, file.getvalue())
     return path

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgen._extras import require
-from fastgen.sampling import images
+from fastgen.sampling import images, planes
 from fastgen.training import checkpoint
 
 __all__ = ["Writer", "open_writer"]
@@ -156,6 +156,6 @@ def open_writer(out: str | Path | None, event_shape: tuple[int, ...], n: int) ->
         yield _Memory(n, path, images.save_png)
     elif event_shape == (2,):
         require("matplotlib.figure", package="matplotlib", extra="cli", purpose="a scatter plot")
-        yield _Memory(n, path, images.save_scatter)
+        yield _Memory(n, path, planes.save_scatter)
     else:
         raise ValueError(f"{path}: PNG holds images or 2-D points, the samples have shape {event_shape}")

@@ -108,6 +108,10 @@ class Pictures:
         self._can_sample = type(model).sample is not Model.sample and (
             self._has("PIL", "samples were") if is_image else shape == (2,) and self._can_plot
         )
+        context: Any = getattr(model.config, "context", 0)
+        if self._can_sample and context:
+            self.notes.append("samples were not drawn: they need a context")
+            self._can_sample = False
 
     def _has(self, package: str, what: str) -> bool:
         if importlib.util.find_spec(package) is not None:

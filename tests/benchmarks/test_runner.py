@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import pytest
 import torch
 
 from benchmarks import __main__ as runner_main
 from benchmarks import peers, report, revision
+from benchmarks.composites import composites, measured
 from benchmarks.figures import FIGURES
 from benchmarks.machine import LoadWatch, level_of
 from benchmarks.measure import Timing, peak_bytes, quantiles, time_rounds
 from benchmarks.parity import ParityError, check_normal
-from benchmarks.peers import PEERS, Peer
-from benchmarks.runner import ALL, WRONG, Row, run_workload
-from benchmarks.workload import Workload, bind, sweep
+from benchmarks.peer import Peer
+from benchmarks.peers import PEERS
+from benchmarks.runner import ALL, OWN, WRONG, Row, run_workload
+from benchmarks.workload import SETS, Workload, bind, sweep
 from fastgen.ops import _native, all_specs
 
 FAST = ["--seconds", "0.001", "--rounds", "1"]
@@ -140,14 +143,43 @@ def test_figures_refer_to_what_exists():
     providers = {"reference", "compile"}
     for figure in FIGURES:
         workload = figure.workload
-        assert figure.op in all_specs()
+        assert figure.op in measured()
         assert workload.has_mode()
         assert all(value in workload.spec.flags[name] for name, value in figure.flags)
         named = {p.name for p in PEERS.get(figure.op, []) if p.when(dict(figure.flags)) and figure.mode in p.modes}
         assert set(figure.against) <= named | providers, figure.work
         assert workload.inputs("cpu", 1)
         assert figure.floor is None or figure.floor != figure.target
-    assert set(PEERS) <= set(all_specs())
+    assert set(PEERS) <= set(measured())
+
+
+def _in_miniature(workload):
+    rows, event = min(workload.rows, 4), workload.event
+    event = (event[0], 4, 4) if len(event) == 3 else (min(event[0], 16),)
+    return Workload(workload.op, rows, event, workload.mode, workload.flags, workload.dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "workload", dict.fromkeys(_in_miniature(figure.workload) for figure in FIGURES), ids=lambda workload: workload.title
+)
+def test_figures_in_miniature(monkeypatch, workload):
+    pytest.importorskip("diffusers")
+    quick = [peer for peer in PEERS.get(workload.op, []) if "compile" not in peer.name]
+    monkeypatch.setitem(PEERS, workload.op, quick)
+    rows = run_workload(workload, backends=["cpp", "peers"], seconds=0, min_rounds=1, sets=2)
+    assert [row.provider for row in rows if row.fused] == ["cpp" if workload.spec.backends else OWN]
+    for row in rows:
+        assert row.status == "ok" or row.status.startswith("not installed: "), (row.provider, row.status)
+
+
+@needs_kernels
+def test_compiled_step_does_the_same():
+    rows = run_workload(
+        Workload("denoise", 2, (3, 4, 4), flags=(("history", 0), ("clamp", 1.0))),
+        backends=["cpp", "peers"], seconds=0, min_rounds=1, sets=1,
+    )  # fmt: skip
+    assert {row.provider: row.status for row in rows}["torch.compile of it"] == "ok"
 
 
 @needs_kernels
@@ -157,6 +189,24 @@ def test_figure_table(capsys):
     assert table.count("\n| ") >= 2
     for line in table.splitlines():
         assert line.count("|") == 7 or not line.startswith("|")
+
+
+def test_figures_time_what_they_name(monkeypatch):
+    asked = {}
+
+    def record(workload, *, backends, peers, **_):
+        asked[workload] = backends, peers
+        return []
+
+    monkeypatch.setattr(runner_main, "run_workload", record)
+    assert run("--figures") == 0
+    assert set(asked) == {figure.workload for figure in FIGURES}
+    for figure in FIGURES:
+        backends, peers = asked[figure.workload]
+        assert set(figure.against) <= peers
+        assert ("reference" in backends) == any("reference" in f.against for f in FIGURES if f.workload == figure.workload)
+    assert run("--figures", "--backend", "reference", "--op", "normal") == 0
+    assert asked[FIGURES[0].workload][0] == ["reference"]
 
 
 def test_figure_takes_the_fastest_rival():
@@ -184,7 +234,8 @@ def test_figure_takes_the_fastest_rival():
 def test_sweep_covers_every_op_and_adds_the_figures():
     found = sweep(list(all_specs()), ["fwd", "fwdbwd"], [figure.workload for figure in FIGURES])
     assert {w.op for w in found} == set(all_specs())
-    assert {figure.workload for figure in FIGURES} <= set(found)
+    assert {figure.workload for figure in FIGURES if figure.op not in composites()} <= set(found)
+    assert {w.op for w in sweep(list(measured()), ["fwd"])} == {*all_specs(), *composites()}
     assert len(set(found)) == len(found)
     assert not [w for w in found if w.mode == "fwdbwd" and not w.spec.gradients]
     assert {w.size for w in sweep(["normal"], ["fwd"], size="large")} == {"large"}
@@ -202,6 +253,67 @@ def test_rounds_interleave_and_rotate():
     assert all({name for name, _ in pair} == {"a", "b"} for pair in rounds)
     assert [{i for _, i in pair} for pair in rounds] == [{0}, {1}, {2}] * 2
     assert len({pair[0][0] for pair in rounds}) == 2, "the order is not random"
+
+
+def test_long_calls_are_in_two_rounds():
+    ran = {"long": 0, "known": 0, "short": 0}
+
+    def call(name, seconds):
+        def work():
+            ran[name] += 1
+            time.sleep(seconds)
+
+        return [work]
+
+    calls = {name: call(name, seconds) for name, seconds in (("long", 0.003), ("known", 0.0), ("short", 0.0))}
+    times = time_rounds(calls, seconds=0, min_rounds=4, known={"known": 3.0}, patience=0.002)
+    assert {name: len(t.seconds) for name, t in times.items()} == {"long": 2, "known": 2, "short": 4}
+    assert (ran["long"], ran["known"]) == (2 + 3, 2), "a call that is known is not run to find out"
+    assert times["long"].over(times["short"]).median > 1
+
+
+def test_arithmetic_needs_one_input_set():
+    small, large = (Workload("sqrtm", 1, (n,), dtype="float64") for n in (16, 128))
+    assert (len(small.inputs("cpu")), len(large.inputs("cpu"))) == (SETS, 1)
+
+
+def test_op_without_kernels_is_timed_as_it_is():
+    workload = Workload("sqrtm", 2, (8,), dtype="float64")
+    rows = run_workload(workload, backends=["reference", "cpp"], seconds=0, min_rounds=1)
+    own, reference = rows
+    assert (own.provider, own.fused, own.ratio) == (OWN, True, 1)
+    assert own.control > 0
+    assert (reference.provider, reference.fused) == ("reference", False)
+    assert own.gemm_share == pytest.approx(own.operations / own.median_us / 1e3 / own.gemm_gflop_per_s)
+    assert "of GEMM" in report.row_table(rows)
+    assert [row.provider for row in run_workload(workload, backends=["reference"], seconds=0, min_rounds=1)] == ["reference"]
+
+
+@needs_kernels
+def test_composite_passes_the_gate_of_ops(monkeypatch):
+    from fastgen import ops
+
+    assert not set(composites()) & set(ops.all_specs()), "a composite is no op"
+    workload = Workload("diffusion_objective", 4, (3, 4, 4), "fwdbwd", flags=(("kept", False),))
+    monkeypatch.setitem(PEERS, "diffusion_objective", [])
+    backends = ["reference", "cpp", "peers"]
+    rows = {row.provider: row for row in run_workload(workload, backends=backends, seconds=0, min_rounds=1)}
+    assert {name: row.status for name, row in rows.items()} == {"cpp": "ok", "reference": "ok"}
+    assert rows["cpp"].copy_share > 0
+
+    kernel = _native.kernel
+
+    def wrong(name):
+        def call(*arguments):
+            kernel(name)(*arguments)
+            arguments[10].mul_(1.001)
+
+        return call if name == "diffusion_loss_bwd" else kernel(name)
+
+    monkeypatch.setattr(_native, "kernel", wrong)
+    [row] = run_workload(workload, backends=["cpp"], seconds=0, min_rounds=1)
+    assert row.status.startswith(WRONG)
+    assert "gradient of model_out" in row.status
 
 
 def test_short_calls_are_timed_in_loops():
@@ -281,3 +393,40 @@ def test_changes_pair_what_both_sides_timed():
     [change] = revision.changes(pairs)
     assert (change.provider, change.ratio.median, change.now_us) == ("cpp", 3.0, 2.0)
     assert "3.000" in revision.table([change], "HEAD")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "flags"),
+    [
+        ("DDPMScheduler", (("history", 0), ("clamp", 1.0))),
+        ("DDIMScheduler", (("history", 0), ("deterministic", True))),
+        ("DPMSolverMultistepScheduler", (("deterministic", True),)),
+    ],
+)
+def test_schedulers_are_checked(monkeypatch, scheduler, flags):
+    cls = getattr(pytest.importorskip("diffusers"), scheduler)
+    workload = Workload("denoise", 2, (3, 4, 4), flags=flags)
+    [peer] = [p for p in PEERS["denoise"] if scheduler in p.name and p.when(dict(flags))]
+    inputs = workload.inputs("cpu", 1)[0]
+    peer.check(inputs)
+    step = cls.step
+
+    def off(self, *args, **kwargs):
+        out = step(self, *args, **kwargs)
+        out.prev_sample += 1e-2
+        return out
+
+    monkeypatch.setattr(cls, "step", off)
+    with pytest.raises(ParityError, match="x_next differs"):
+        peer.check(inputs)
+
+
+def test_objective_is_checked(monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    [peer] = PEERS["diffusion_objective"]
+    inputs = Workload("diffusion_objective", 2, (3, 4, 4), "fwdbwd").inputs("cpu", 1)[0]
+    peer.check(inputs)
+    add_noise = diffusers.DDPMScheduler.add_noise
+    monkeypatch.setattr(diffusers.DDPMScheduler, "add_noise", lambda self, x, eps, t: add_noise(self, x, eps, t - t.min()))
+    with pytest.raises(ParityError, match="x_t differs"):
+        peer.check(inputs)

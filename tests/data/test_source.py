@@ -203,3 +203,12 @@ def test_as_source_takes_what_there_is():
     for wrong in (3, None, {"x": 1}, ("a", "b"), (torch.zeros(2), torch.zeros(2), torch.zeros(2))):
         with pytest.raises(TypeError, match=r"^(data|a tuple of data) must be"):
             data.as_source(wrong)
+
+
+def test_floats_of_the_shape_of_the_samples_are_paired_with_them():
+    x, y = torch.rand(6, 1, 4, 4), torch.randn(6, 1, 4, 4)
+    source = data.as_source((x, y))
+    assert source.num_classes is None
+    assert all(torch.equal(a, b) for a, b in zip(source.batch(torch.tensor([4, 1])), (x[[4, 1]], y[[4, 1]]), strict=True))
+    stream = data.as_source(iter([(x, y.double())]))
+    assert torch.equal(next(stream.batches())[1], y)

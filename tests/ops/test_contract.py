@@ -28,15 +28,24 @@ if _native.missing():
 SIZES = [0, 1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 63, 64, 65, 127, 300, 2047, 2048, 2049, 5000]
 
 every_op = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-# an op without kernels of its own is held to the same, under the name of the backend that runs it
-every_backend = pytest.mark.parametrize(
-    ("spec", "backend"),
-    [
-        pytest.param(spec, backend, id=f"{backend}-{spec.name}")
-        for spec in SPECS.values()
-        for backend in ([b for b in BACKENDS if b.partition(":")[0] in spec.backends] if spec.backends else ["reference"])
-    ],
-)
+TWICE = [s for s in SPECS.values() if s.double_backward]
+every_twice_differentiable_op = pytest.mark.parametrize("spec", TWICE, ids=lambda s: s.name)
+
+
+def _with_backends(specs):
+    """Every pair; an op without kernels of its own is held to the same, under the name of the backend that runs it."""
+    return pytest.mark.parametrize(
+        ("spec", "backend"),
+        [
+            pytest.param(spec, backend, id=f"{backend}-{spec.name}")
+            for spec in specs
+            for backend in ([b for b in BACKENDS if b.partition(":")[0] in spec.backends] if spec.backends else ["reference"])
+        ],
+    )
+
+
+every_backend = _with_backends(SPECS.values())
+every_backend_twice = _with_backends(TWICE)
 every_native_op = pytest.mark.parametrize("spec", [s for s in SPECS.values() if "cpp" in s.backends], ids=lambda s: s.name)
 
 
@@ -132,7 +141,7 @@ def test_matches_reference(spec, backend, folder):
         fast = flags.get("math") == "fast"
         with running(backend, folder):
             results, grads, weights = with_gradients(spec.function, inputs, spec.gradients, spec.outputs_of, seed)
-        for name, precision in spec.outputs.items():
+        for name, precision in spec.precisions(len(results)).items():
             assert error(results[name], expected[name], "fast" if fast and precision == "exact" else precision) <= 1, name
         if not grads:
             return
@@ -157,9 +166,63 @@ def test_reference_gradient_is_right(spec):
     names = [n for n in spec.gradients if wide.get(n) is not None]
 
     def function(*leaves):
-        return tuple(spec.outputs_of(spec.reference(**{**wide, **dict(zip(names, leaves, strict=True))})).values())
+        outputs = spec.outputs_of(spec.reference(**{**wide, **dict(zip(names, leaves, strict=True))}))
+        return tuple(o for o in outputs.values() if o.is_floating_point())
 
     assert torch.autograd.gradcheck(function, [wide[n].requires_grad_() for n in names])
+
+
+@every_twice_differentiable_op
+def test_reference_second_gradient_is_right(spec):
+    for flags in [{}, *({name: value} for name, values in spec.flags.items() for value in values[1:])]:
+        _, wide = truth(spec, default_inputs(spec, rows=2, event=(5,), **flags))
+        names = [n for n in spec.gradients if wide.get(n) is not None]
+
+        def function(*leaves, wide=wide, names=names):
+            return tuple(spec.outputs_of(spec.reference(**{**wide, **dict(zip(names, leaves, strict=True))})).values())
+
+        assert torch.autograd.gradgradcheck(function, [wide[n].requires_grad_() for n in names]), flags
+
+
+def second_gradients(function, inputs, names, outputs_of, seed):
+    """Gradients of a random combination of the first gradients, by the inputs and by what weighted the outputs."""
+    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in names if inputs.get(name) is not None}
+    outputs = {name: o for name, o in outputs_of(function(**{**inputs, **leaves})).items() if o.requires_grad}
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw_like(x):  # multiples of 1/8: the same in every storage type
+        return (torch.randint(-16, 17, x.shape, generator=generator) / 8).to(x.dtype)
+
+    weights = {f"weight of {name}": draw_like(o).requires_grad_() for name, o in outputs.items()}
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), list(weights.values()), create_graph=True)
+    wanted = {**leaves, **weights}
+    directions = [draw_like(g) for g in grads]
+    second = [
+        torch.autograd.grad(grads, list(wanted.values()), directions, retain_graph=True, materialize_grads=True)
+        for _ in range(2)
+    ]
+    for name, once, twice in zip(wanted, *second, strict=True):
+        assert torch.equal(once.nan_to_num(), twice.nan_to_num()), f"a second pass changes the second gradient of {name}"
+    return dict(zip(wanted, second[0], strict=True))
+
+
+@every_backend_twice
+def test_second_gradients_match_reference(spec, backend, folder):
+    @settings(max_examples=examples_for(backend))
+    @given(calls(spec))
+    def check(call):
+        rows, event, dtype, seed, flags = call
+        inputs = inputs_for(spec, rows, event, dtype, seed, flags)
+        _, wide = truth(spec, inputs)
+        with running(backend, folder):
+            results = second_gradients(spec.function, inputs, spec.gradients, spec.outputs_of, seed)
+        exact = second_gradients(spec.reference, wide, spec.gradients, spec.outputs_of, seed)
+        for name, value in exact.items():
+            assert error(results[name], value, spec.gradient_precision) <= 1, name
+
+    with running(backend, folder):  # skips before hypothesis starts
+        pass
+    check()
 
 
 class _RawCalls(TorchDispatchMode):
@@ -367,7 +430,10 @@ def test_memory_is_respected(spec, isa, folder):
     @settings(max_examples=max(40, settings.default.max_examples))
     @given(calls(spec))
     def check(call):
+        inputs = inputs_for(spec, *call)
         with use_backend("cpp"), _native.use_isa(name):
-            with_gradients(spec.function, inputs_for(spec, *call), spec.gradients, spec.outputs_of, 0)
+            with_gradients(spec.function, inputs, spec.gradients, spec.outputs_of, 0)
+            if spec.double_backward:
+                second_gradients(spec.function, inputs, spec.gradients, spec.outputs_of, 0)
 
     check()

@@ -308,3 +308,19 @@ X = torch.zeros(3, 4)
 def test_errors(arguments, options, error, message):
     with pytest.raises(error, match=message):
         ops.denoise(*arguments, **options)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("event", [(2,), (3, 37)])
+def test_estimate_goes_into_a_slot_of_the_history_that_the_step_reads(backend, event):
+    x, m, history = torch.randn(9, *event), torch.randn(9, *event), torch.randn(2, 9, *event)
+    row, key = torch.tensor([1.2, -0.3, 0.5, 0.6, 0.2, 0.4, -0.7]), random.key(3)
+    expected = ops.denoise(x, m, row, key, history=history, clamp=1.0, backend=backend)
+    state = x.clone()
+    x_next, x0 = ops.denoise(state, m, row, key, history=history, clamp=1.0, out=(state, history[1]), backend=backend)
+    assert x_next is state
+    assert x0.data_ptr() == history[1].data_ptr()
+    assert torch.equal(x_next, expected.x_next)
+    assert torch.equal(history[1], expected.x0)
+    with pytest.raises(ValueError, match="out for x0 must be contiguous"):
+        ops.denoise(x, m, row[:5], key, out=(x, history[0]), return_x0=False)

@@ -1,0 +1,1 @@
+"""Whole models against the libraries that have them: ``python -m benchmarks.models``."""

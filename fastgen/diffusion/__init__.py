@@ -1,0 +1,1 @@
+"""Diffusion and flow matching: one published model per file, on schedules, samplers and one loop that they share."""

@@ -1,0 +1,448 @@
+"""Samplers: each writes a table of coefficients for :func:`fastgen.ops.denoise`, and nothing else.
+
+With the estimate of the data x0 made from the state x and the network's output, a step of any of these methods is
+
+    x_next = A x + B x0 + S z + sum_k C_k x0_k        (x0_k: the estimate k evaluations ago)
+
+so a sampler is a function from the steps (a :class:`fastgen.diffusion.schedules.Grid`) to rows (A, B, S, C_1 .. C_H), one per
+evaluation of the network, in float64. :mod:`fastgen.diffusion.loop` runs them. Three remarks make everything fit:
+
+* **Euler is DDIM.** The line through (x, x0) is straight in every coordinate in which x / s moves by sigma / s, so one Euler
+  step of the probability flow from sigma to sigma' is sigma'/sigma x + (alpha' - alpha sigma'/sigma) x0, be it in the
+  coordinates of diffusers, of k-diffusion or of a flow-matching path; and ancestral Euler is DDIM with eta = 1.
+* **A corrector needs no old state.** After an Euler step of Heun's method the old slope is (x - x0_1) / sigma', since x lies
+  on that line; the correction is then w (x0_1 - x0) on top of x. UniPC's corrected state differs from its predicted one by a
+  combination of estimates alone.
+* **Churn belongs to the step before.** Noise that is added ahead of an evaluation is added at the end of the last row.
+
+Sources: Ho et al. (2020), algorithm 2; Nichol and Dhariwal (2021), eq. 15; Song et al. (2021), "Denoising diffusion implicit
+models", eq. 12 and 16; Karras et al. (2022), algorithms 1 and 2; Lu et al. (2022), "DPM-Solver++", algorithm 2 and its SDE
+form; Song et al. (2021), "Score-based generative modeling through stochastic differential equations", algorithms 2 to 5; Zhao
+et al. (2023), "UniPC", algorithms 5 to 8; Crowson (2022), k-diffusion (ancestral Euler, linear multistep).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgen.diffusion.schedules import Grid
+
+Layout = Literal["index", "stride", "sigma", "solver"]
+
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "LMS",
+    "SAMPLERS",
+    "DPMSolver",
+    "Euler",
+    "EulerAncestral",
+    "Heun",
+    "Plan",
+    "PredictorCorrector",
+    "Sampler",
+    "UniPC",
+    "make_sampler",
+]
+
+
+class Plan(NamedTuple):
+    """What a sampler wants done, all float64: one row per evaluation of the network."""
+
+    time: Tensor
+    """[E]: when the network is asked."""
+    alpha: Tensor
+    """[E + 1]: alpha of the state there, and at the end."""
+    sigma: Tensor
+    """[E + 1]: sigma, likewise."""
+    rows: Tensor
+    """[E, 3 + H]: (A, B, S, C_1 .. C_H)."""
+    bounds: Tensor | None = None
+    """[E, 2]: logarithms of the smallest and the largest variance where the network learns it between the two."""
+    of: Literal["data", "slope"] = "data"
+    """What the rows combine: estimates of the data, or slopes (x - s x0) / sigma of the path."""
+
+
+def _forward(grid: Grid) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma^2) of q(x_t | x_s) for the s that each step goes to."""
+    alpha = grid.alpha / grid.next_alpha
+    return alpha, (grid.sigma.square() - (alpha * grid.next_sigma).square()).clamp(min=0)
+
+
+def _plan(grid: Grid, rows: Tensor, **more: Any) -> Plan:
+    """The plan of one evaluation at each point of the grid."""
+    alpha, sigma = torch.cat([grid.alpha, grid.next_alpha[-1:]]), torch.cat([grid.sigma, grid.next_sigma[-1:]])
+    return Plan(grid.time, alpha, sigma, rows, **more)
+
+
+def _half_log_snr(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return alpha.log() - sigma.log()
+
+
+def _interleave(first: Tensor, second: Tensor) -> Tensor:
+    return torch.stack([first, second], 1).flatten(0, 1)
+
+
+class Sampler(abc.ABC):
+    """A sampling method with its options.
+
+    Attributes:
+        clamps: whether it may clamp its estimates; a method that combines slopes cannot.
+        layout: which of diffusers' layouts of steps its counterpart upstream has, for ``compat="diffusers"``.
+    """
+
+    clamps: ClassVar[bool] = True
+    layout: ClassVar[Layout] = "sigma"
+
+    @abc.abstractmethod
+    def plan(self, grid: Grid) -> Plan:
+        """The table for these steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DDPM(Sampler):
+    """Ancestral sampling from the posterior q(x_s | x_t, x0), for any s < t.
+
+    Args:
+        variance: "small", the posterior's own; "large", that of q(x_t | x_s); "learned", between the two as the network says.
+    """
+
+    variance: Literal["small", "large", "learned"] = "small"
+    layout: ClassVar[Layout] = "index"
+
+    def __post_init__(self) -> None:
+        if self.variance not in ("small", "large", "learned"):
+            raise ValueError(f"variance must be 'small', 'large' or 'learned', got {self.variance!r}")
+
+    def plan(self, grid: Grid) -> Plan:
+        alpha, large = _forward(grid)
+        share = (grid.next_sigma / grid.sigma).square()
+        small = large * share
+        signal = grid.next_alpha * large / grid.sigma.square()
+        noisy = (small > 0).double()
+        if self.variance == "learned":
+            highest = large.log()
+            lowest = torch.where(small > 0, small, large).log()
+            bounds, scale = torch.stack([lowest, highest], 1), noisy
+        else:
+            bounds, scale = None, noisy * (small if self.variance == "small" else large).sqrt()
+        return _plan(grid, torch.stack([alpha * share, signal, scale], 1), bounds=bounds)
+
+
+@dataclasses.dataclass(frozen=True)
+class DDIM(Sampler):
+    """Implicit sampling: deterministic at ``eta`` 0, ancestral (DDPM with its small variance) at 1."""
+
+    eta: float = 0.0
+    layout: ClassVar[Layout] = "stride"
+
+    def __post_init__(self) -> None:
+        if not self.eta >= 0:
+            raise ValueError(f"eta must not be negative, got {self.eta}")
+
+    def plan(self, grid: Grid) -> Plan:
+        _, large = _forward(grid)
+        noise = self.eta * large.sqrt() * grid.next_sigma / grid.sigma
+        if bool((noise > grid.next_sigma * (1 + 1e-12)).any()):
+            raise ValueError(f"eta {self.eta} adds more noise than a step leaves; it may be up to 1")
+        keep = (grid.next_sigma.square() - noise.square()).clamp(min=0).sqrt() / grid.sigma
+        return _plan(grid, torch.stack([keep, grid.next_alpha - grid.alpha * keep, noise], 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class EulerAncestral(DDIM):
+    """Ancestral Euler of k-diffusion: an Euler step down to less noise than wanted, and noise up again; DDIM with eta 1."""
+
+    eta: float = 1.0
+    layout: ClassVar[Layout] = "sigma"
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictorCorrector(Sampler):
+    """Steps of Langevin dynamics at each level, then an ancestral step to the next.
+
+    A Langevin step of size e moves x by e * score + sqrt(2 e) z. Here e = 2 snr^2 sigma^2, which is the published rule with the
+    norms of noise and score at their expectations, so that no sample depends on another; and the noise is scaled such that a
+    step leaves the level exactly as it is.
+
+    Args:
+        snr: signal-to-noise ratio r of a Langevin step.
+        corrections: how many of them at each level.
+    """
+
+    snr: float = 0.16
+    corrections: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.snr < 1:
+            raise ValueError(f"snr must be in (0, 1), got {self.snr}")
+        if self.corrections < 0:
+            raise ValueError(f"corrections must not be negative, got {self.corrections}")
+
+    def plan(self, grid: Grid) -> Plan:
+        share = 2 * self.snr**2
+        corrector = torch.stack(
+            [torch.full_like(grid.alpha, 1 - share), share * grid.alpha, grid.sigma * math.sqrt(1 - (1 - share) ** 2)], 1
+        )
+        evaluations = self.corrections + 1
+        rows = torch.stack([corrector] * self.corrections + [DDIM(eta=1.0).plan(grid).rows], 1).flatten(0, 1)
+        time, alpha, sigma = (v.repeat_interleave(evaluations) for v in (grid.time, grid.alpha, grid.sigma))
+        return Plan(time, torch.cat([alpha, grid.next_alpha[-1:]]), torch.cat([sigma, grid.next_sigma[-1:]]), rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Euler(Sampler):
+    """Euler's method on the probability flow, with EDM's churn.
+
+    Args:
+        churn: how much noise is added over all steps, as a multiple of the level; 0 for none (EDM: S_churn).
+        churn_min, churn_max: levels sigma / alpha between which it is.
+        churn_noise: scale of what is added (EDM: S_noise).
+    """
+
+    churn: float = 0.0
+    churn_min: float = 0.0
+    churn_max: float = math.inf
+    churn_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.churn >= 0:
+            raise ValueError(f"churn must not be negative, got {self.churn}")
+
+    def _churned(self, grid: Grid) -> tuple[Grid, Tensor, Tensor]:
+        """The grid whose steps start where churn has brought them; and what a state is multiplied by and how much noise
+        is added on arrival at each next point."""
+        stay, quiet = torch.ones_like(grid.alpha), torch.zeros_like(grid.alpha)
+        if not self.churn:
+            return grid, stay, quiet
+        ratio = grid.sigma / grid.alpha
+        more = min(self.churn / len(ratio), math.sqrt(2) - 1)
+        within = (ratio >= self.churn_min) & (ratio <= self.churn_max) & torch.isfinite(ratio)
+        churned = torch.where(within, ratio * (1 + more), ratio)
+        moved = grid.schedule.of_ratio(churned)
+        alpha, sigma = torch.where(within, moved[0], grid.alpha), torch.where(within, moved[1], grid.sigma)
+        time = torch.where(within, grid.schedule.time(churned), grid.time)
+        added = self.churn_noise * alpha * torch.where(within, churned.square() - ratio.square(), 0.0).sqrt()
+        stay[:-1], quiet[:-1] = (alpha / grid.alpha)[1:], added[1:]
+        return grid._replace(time=time, alpha=alpha, sigma=sigma), stay, quiet
+
+    def plan(self, grid: Grid) -> Plan:
+        grid, stay, noise = self._churned(grid)
+        keep = grid.next_sigma / grid.sigma
+        return _plan(grid, torch.stack([stay * keep, stay * (grid.next_alpha - grid.alpha * keep), noise], 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Heun(Euler):
+    """Heun's method of second order, with EDM's churn: two evaluations a step, one for a last step to the data."""
+
+    def plan(self, grid: Grid) -> Plan:
+        straight = grid.schedule.straight_scale
+        start, stay, noise = self._churned(grid)
+        scale = straight(grid.next_alpha, grid.next_sigma)
+        before, level = start.sigma / straight(start.alpha, start.sigma), grid.next_sigma / scale
+        weight = scale * (level - before) / (2 * level)
+        keep, zero = start.next_sigma / start.sigma, torch.zeros_like(level)
+        euler = torch.stack([keep, start.next_alpha - start.alpha * keep, zero, zero], 1)
+        correction = torch.stack([stay, -stay * weight, noise, stay * weight], 1)
+        # there is no slope to correct with at the data, where sigma is 0, nor where alpha is
+        corrects = (level > 0) & torch.isfinite(before)
+        done = _interleave(torch.ones_like(corrects), corrects)
+        end_alpha, end_sigma = grid.next_alpha[-1:], grid.next_sigma[-1:]
+        return Plan(
+            _interleave(start.time, grid.next_time)[done],
+            torch.cat([_interleave(start.alpha, grid.next_alpha)[done], end_alpha]),
+            torch.cat([_interleave(start.sigma, grid.next_sigma)[done], end_sigma]),
+            _interleave(euler, correction)[done],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LMS(Sampler):
+    """Linear multistep (Adams-Bashforth on uneven steps): the polynomial through the last ``order`` slopes, integrated."""
+
+    order: int = 4
+    clamps: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.order <= 8:
+            raise ValueError(f"order must be in 1 .. 8, got {self.order}")
+
+    def plan(self, grid: Grid) -> Plan:
+        straight = grid.schedule.straight_scale
+        scale, next_scale = straight(grid.alpha, grid.sigma), straight(grid.next_alpha, grid.next_sigma)
+        if bool((scale == 0).any()):
+            raise ValueError("lms cannot start where alpha is 0: there the slope is infinite")
+        levels, ends = (grid.sigma / scale).tolist(), (grid.next_sigma / next_scale).tolist()
+        weights = torch.zeros(len(levels), self.order, dtype=torch.float64)
+        for i, (low, high) in enumerate(zip(levels, ends, strict=True)):
+            past = levels[max(0, i - self.order + 1) : i + 1][::-1]
+            weights[i, : len(past)] = torch.tensor(_lagrange_integrals(past, low, high), dtype=torch.float64)
+        newest, *older = (weights * next_scale[:, None]).unbind(1)
+        return _plan(grid, torch.stack([next_scale / scale, newest, torch.zeros_like(scale), *older], 1), of="slope")
+
+
+_gauss_legendre = functools.cache(np.polynomial.legendre.leggauss)
+
+
+def _lagrange_integrals(nodes: list[float], low: float, high: float) -> list[float]:
+    """Integrals from low to high of the Lagrange polynomials on the nodes; exact, by Gauss-Legendre quadrature."""
+    points, quadrature = _gauss_legendre(len(nodes) // 2 + 1)
+    at = 0.5 * (high - low) * points + 0.5 * (high + low)
+    out = []
+    for j, node in enumerate(nodes):
+        values = np.prod([(at - other) / (node - other) for k, other in enumerate(nodes) if k != j], axis=0)
+        out.append(float(0.5 * (high - low) * (quadrature * values).sum()))
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class DPMSolver(Sampler):
+    """DPM-Solver++ on the data, multistep: 2M, or with ``stochastic`` 2M-SDE.
+
+    Args:
+        order: 1 or 2; the first step, and a last step to the data, are of order 1.
+        stochastic: solve the SDE instead of the probability flow.
+        solver: how the second order is integrated, "midpoint" or "heun".
+    """
+
+    order: int = 2
+    stochastic: bool = False
+    solver: Literal["midpoint", "heun"] = "midpoint"
+    layout: ClassVar[Layout] = "solver"
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2):
+            raise ValueError(f"order must be 1 or 2, got {self.order}")
+        if self.solver not in ("midpoint", "heun"):
+            raise ValueError(f"solver must be 'midpoint' or 'heun', got {self.solver!r}")
+
+    def plan(self, grid: Grid) -> Plan:
+        here = _half_log_snr(grid.alpha, grid.sigma)
+        h = _half_log_snr(grid.next_alpha, grid.next_sigma) - here
+        width = 2 * h if self.stochastic else h
+        share = -torch.expm1(-width)
+        keep = grid.next_sigma / grid.sigma
+        if self.stochastic:
+            keep = keep * torch.exp(-h)
+        noise = grid.next_sigma * share.sqrt() if self.stochastic else torch.zeros_like(h)
+        first = grid.next_alpha * share
+        # the difference of the last two estimates counts in proportion to the steps' lengths
+        second = 0.5 * first
+        if self.solver == "heun":
+            second = grid.next_alpha * (1 - share / width)
+        slope = torch.zeros_like(h)
+        if self.order == 2 and len(h) > 1:
+            slope[1:] = torch.where(torch.isfinite(h[1:]), second[1:] * h[1:] / here.diff(), 0.0)
+        return _plan(grid, torch.stack([keep, first + slope, noise] + ([-slope] if self.order == 2 else []), 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class UniPC(Sampler):
+    """Unified predictor-corrector with B(h) = e^h - 1 ("bh2") or h ("bh1"), of order 1 to 3, one evaluation a step."""
+
+    order: int = 2
+    solver: Literal["bh2", "bh1"] = "bh2"
+    layout: ClassVar[Layout] = "solver"
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2, 3):
+            raise ValueError(f"order must be 1, 2 or 3, got {self.order}")
+        if self.solver not in ("bh1", "bh2"):
+            raise ValueError(f"solver must be 'bh1' or 'bh2', got {self.solver!r}")
+
+    def _combination(self, places: list[float], h: float, alpha: float) -> list[float]:
+        """Weights of the estimates at ``places`` in log-SNR, measured from the start in steps; the start's own comes first.
+
+        The predictor uses the places behind it, the corrector also that of the step's end, 1.
+        """
+        growth = math.expm1(-h)
+        scale = -h if self.solver == "bh1" else growth
+        weights = [0.5] * len(places)  # as published for a single place, instead of the solution
+        if len(places) > 1:
+            size = len(places)
+            matrix = torch.tensor([[place**k for place in places] for k in range(size)], dtype=torch.float64)
+            right, phi, factorial = [], growth / -h - 1, 1
+            for k in range(1, size + 1):
+                right.append(phi * factorial / scale)
+                factorial *= k + 1
+                phi = phi / -h - 1 / factorial
+            weights = torch.linalg.solve(matrix, torch.tensor(right, dtype=torch.float64)).tolist()
+        others = [-alpha * scale * weight / place for weight, place in zip(weights, places, strict=True)]
+        return [-alpha * growth - sum(others), *others]
+
+    def plan(self, grid: Grid) -> Plan:
+        here = _half_log_snr(grid.alpha, grid.sigma).tolist()
+        there = _half_log_snr(grid.next_alpha, grid.next_sigma).tolist()
+        keep = (grid.next_sigma / grid.sigma).tolist()
+        count, alphas = len(here), grid.next_alpha.tolist()
+        rows = torch.zeros(count, 3 + self.order, dtype=torch.float64)
+        correction = torch.zeros(self.order + 1, dtype=torch.float64)  # of the state by the estimates, newest first
+        for i in range(count):
+            h = there[i] - here[i]
+            order = min(self.order, i + 1, count - i)
+            places = [(here[i - k] - here[i]) / h for k in range(1, order)] if math.isfinite(h) else []
+            places = [place for place in places if math.isfinite(place)]
+            predictor = self._combination(places, h, alphas[i])
+            row = keep[i] * correction
+            row[: len(predictor)] += torch.tensor(predictor, dtype=torch.float64)
+            rows[i, 0], rows[i, 1], rows[i, 3:] = keep[i], row[0], row[1:]
+            correction = torch.zeros_like(correction)
+            if math.isfinite(h):
+                start, *past, end = self._combination([*places, 1.0], h, alphas[i])
+                correction[0] = end
+                correction[1 : 2 + len(past)] = torch.tensor([start, *past], dtype=torch.float64)
+                correction[1 : 1 + len(predictor)] -= torch.tensor(predictor, dtype=torch.float64)
+        return _plan(grid, rows)
+
+
+SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
+    "ddpm": (DDPM, {}),
+    "ddim": (DDIM, {}),
+    "euler": (Euler, {}),
+    "euler_ancestral": (EulerAncestral, {}),
+    "heun": (Heun, {}),
+    "edm": (Heun, {"churn": 40.0, "churn_min": 0.05, "churn_max": 50.0, "churn_noise": 1.003}),
+    "lms": (LMS, {}),
+    "pc": (PredictorCorrector, {}),
+    "dpmpp_2m": (DPMSolver, {}),
+    "dpmpp_2m_sde": (DPMSolver, {"stochastic": True}),
+    "unipc": (UniPC, {}),
+}
+"""Names of the samplers: class and the options in which a name differs from the class. "edm" is the paper's for ImageNet."""
+
+
+def make_sampler(sampler: str | Sampler, **options: Any) -> Sampler:
+    """A sampler by name, with options that are not None.
+
+    >>> make_sampler("ddim", eta=0.5)
+    DDIM(eta=0.5)
+
+    Raises:
+        ValueError: for an unknown name, or an option that the sampler does not have.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(sampler, Sampler):
+        if given:
+            raise ValueError(f"{', '.join(given)}: options of a sampler are given to its class, {type(sampler).__name__}")
+        return sampler
+    if sampler not in SAMPLERS:
+        near = difflib.get_close_matches(sampler, SAMPLERS, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(SAMPLERS)}"
+        raise ValueError(f"unknown sampler {sampler!r}; {hint}")
+    kind, preset = SAMPLERS[sampler]
+    known = list(inspect.signature(kind).parameters)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"sampler {sampler!r} has no option {name!r}; it has: {', '.join(known)}")
+    return kind(**{**preset, **given})

@@ -1,0 +1,1 @@
+"""Normalizing flows: one published idea per file."""

@@ -1,0 +1,143 @@
+"""Coupling layers: one part of x stays and sets the transform of the other, y_b = g(x_b; network(x_a, context)).
+
+The parts are halves of dimension 1: features of vectors, channels of images. ``flip`` takes the second half as the one that
+stays, so that layers which alternate it need no permutation between them.
+
+Sources: Dinh, Krueger and Bengio (2015), "NICE"; Dinh, Sohl-Dickstein and Bengio (2017), "Density estimation using Real NVP";
+Durkan, Bekasov, Murray and Papamakarios (2019), "Neural spline flows".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.flows.elementwise import Affine, Spline
+from fastgen.flows.transform import Bijection, gradients
+
+__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "SplineCoupling", "halves"]
+
+
+class Coupling(Bijection):
+    """Base of coupling layers.
+
+    Args:
+        conditioner: ``conditioner(x_a, context)`` -> a tuple of parameters for :meth:`couple`.
+        sizes: length of the first and of the second part along dimension 1.
+        flip: the second part stays and the first is transformed.
+    """
+
+    def __init__(self, conditioner: nn.Module, sizes: tuple[int, int], *, flip: bool = False) -> None:
+        super().__init__()
+        self.conditioner = conditioner
+        self.sizes = sizes
+        self.flip = flip
+
+    def couple(self, x: Tensor, parameters: tuple[Tensor, ...], *, inverse: bool) -> tuple[Tensor, Tensor]:
+        """The elementwise transform of one part, or its inverse, and the log-determinant [N]."""
+        raise NotImplementedError
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What stays, and what is transformed."""
+        first, second = x.split(self.sizes, 1)
+        return (second, first) if self.flip else (first, second)
+
+    def _join(self, stays: Tensor, moves: Tensor) -> Tensor:
+        return torch.cat((moves, stays) if self.flip else (stays, moves), 1)
+
+    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        a, b = self._split(x)
+        b, ladj = self.couple(b, self.conditioner(a, context), inverse=False)
+        return self._join(a, b), ladj
+
+    def inv_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        a, b = self._split(y)
+        b, ladj = self.couple(b, self.conditioner(a, context), inverse=True)
+        return self._join(a, b), ladj
+
+    def rebuild(
+        self, y: Tensor, context: Tensor | None, grad_y: Tensor, grad_ladj: Tensor, parameters: list[nn.Parameter]
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """One pass of the conditioner serves the inverse and the gradients: the part that it reads is the same in x and y."""
+        grad_stays, grad_moves = self._split(grad_y)
+        with torch.enable_grad():
+            a, b = (part.detach() for part in self._split(y))
+            a.requires_grad_()
+            theta = self.conditioner(a, context)
+            with torch.no_grad():
+                b = self.couple(b, theta, inverse=True)[0]
+            b.requires_grad_()
+            outputs = self.couple(b, theta, inverse=False)
+            (grad_a, grad_b), rest = gradients(outputs, [a, b], context, grad_moves, grad_ladj, parameters)
+        with torch.no_grad():
+            return self._join(a.detach(), b.detach()), self._join(grad_a + grad_stays, grad_b), rest
+
+
+class AdditiveCoupling(Coupling):
+    """y_b = x_b + shift(x_a): volume-preserving. The conditioner gives ``(shift,)``."""
+
+    def couple(self, x: Tensor, parameters: tuple[Tensor, ...], *, inverse: bool) -> tuple[Tensor, Tensor]:
+        (shift,) = parameters
+        return x - shift if inverse else x + shift, x.new_zeros(len(x))
+
+
+class AffineCoupling(Coupling):
+    """y_b = x_b * exp(s(x_a)) + shift(x_a), with s bounded as :func:`fastgen.ops.affine_coupling` has it.
+
+    The conditioner gives ``(shift, log_scale)``, each of the shape of x_b.
+    """
+
+    def __init__(
+        self, conditioner: nn.Module, sizes: tuple[int, int], *, flip: bool = False, bound: str | None = "tanh"
+    ) -> None:
+        super().__init__(conditioner, sizes, flip=flip)
+        self.bound = bound
+        self.elementwise = Affine(bound)
+
+    def couple(self, x: Tensor, parameters: tuple[Tensor, ...], *, inverse: bool) -> tuple[Tensor, Tensor]:
+        return self.elementwise(x, parameters, inverse=inverse)
+
+    def extra_repr(self) -> str:
+        return f"bound={self.bound!r}"
+
+
+class SplineCoupling(Coupling):
+    """y_b is a rational-quadratic spline of x_b on [-bound, bound], element by element; the identity outside.
+
+    The conditioner gives ``(widths, heights, derivatives)``: [N, D * bins] twice and [N, D * (bins - 1)] for D elements of
+    x_b, to be read as [N, D, bins]; see :func:`fastgen.ops.rq_spline`.
+    """
+
+    def __init__(
+        self,
+        conditioner: nn.Module,
+        sizes: tuple[int, int],
+        *,
+        flip: bool = False,
+        bins: int = 8,
+        bound: float = 5.0,
+        convention: str = "zuko",
+    ) -> None:
+        super().__init__(conditioner, sizes, flip=flip)
+        self.bins = bins
+        self.bound = bound
+        self.convention = convention
+        self.elementwise = Spline(bins, bound, convention)
+
+    def couple(self, x: Tensor, parameters: tuple[Tensor, ...], *, inverse: bool) -> tuple[Tensor, Tensor]:
+        return self.elementwise(x, parameters, inverse=inverse)
+
+    def extra_repr(self) -> str:
+        return f"bins={self.bins}, bound={self.bound}, convention={self.convention!r}"
+
+
+def halves(features: int, index: int) -> tuple[tuple[int, int], int, int]:
+    """The sizes of the halves of ``features``, and how many stay and move in layer ``index`` of alternating layers.
+
+    >>> halves(5, 0), halves(5, 1)
+    (((2, 3), 2, 3), ((2, 3), 3, 2))
+    """
+    if features < 2:
+        raise ValueError(f"coupling layers need at least 2 features, got {features}: one part sets the transform of the other")
+    sizes = features // 2, features - features // 2
+    return sizes, sizes[index % 2], sizes[1 - index % 2]

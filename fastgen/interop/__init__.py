@@ -1,0 +1,1 @@
+"""fastgen among other libraries: their weights, classes and verbs."""

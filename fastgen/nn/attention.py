@@ -1,0 +1,97 @@
+"""Attention over tokens and over the pixels of an image, through ``scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen.nn.conv import zero
+from fastgen.nn.norm import GroupNorm
+
+__all__ = ["Attention", "ImageAttention", "heads_of"]
+
+
+def heads_of(channels: int, head_channels: int | None) -> int:
+    """Number of heads of about ``head_channels`` channels each: ``channels // head_channels`` where that divides, else the next
+    lower count that does. None: one head.
+
+    >>> heads_of(256, 64), heads_of(100, 30), heads_of(8, 64), heads_of(8, None)
+    (4, 2, 1, 1)
+    """
+    if head_channels is None:
+        return 1
+    return next(h for h in range(max(channels // head_channels, 1), 0, -1) if channels % h == 0)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens to themselves, or to the tokens of a context.
+
+    Args:
+        channels: of the tokens.
+        heads: divides ``channels``.
+        context: channels of the context's tokens; None: self-attention.
+        zero_out: the last layer is zero at first.
+
+    Shape: x [N, T, channels], context [N or 1, S, context] -> [N, T, channels].
+    """
+
+    def __init__(self, channels: int, heads: int = 1, context: int | None = None, *, zero_out: bool = True) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"heads must divide channels: {channels} channels, {heads} heads")
+        self.heads = heads
+        self.context = context
+        # one product makes query, key and value; a context has its own
+        self.to_query = None if context is None else nn.Linear(channels, channels)
+        self.to_rest = nn.Linear(channels, 3 * channels) if context is None else nn.Linear(context, 2 * channels)
+        self.out = nn.Linear(channels, channels)
+        if zero_out:
+            zero(self.out)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        n, tokens, channels = x.shape
+        if self.to_query is None:
+            query, key, value = self.to_rest(x).view(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        else:
+            if context is None:
+                raise ValueError("cross-attention needs a context")
+            query = self.to_query(x).view(n, tokens, self.heads, -1).transpose(1, 2)
+            both = self.to_rest(context.to(x.dtype)).view(*context.shape[:2], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+            key, value = both.expand(-1, n, -1, -1, -1).unbind()
+        h = F.scaled_dot_product_attention(query, key, value)
+        return self.out(h.transpose(1, 2).reshape(n, tokens, channels))
+
+
+class ImageAttention(nn.Module):
+    """x + attention(norm(x)) over the pixels.
+
+    Args:
+        channels, heads, context: as in :class:`Attention`.
+        groups, eps: of the normalisation; ``groups=0``: none.
+        divisor: the sum is divided by it.
+
+    Shape: x [N, C, H, W] -> the same.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int = 1,
+        context: int | None = None,
+        *,
+        groups: int = 32,
+        eps: float = 1e-6,
+        divisor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.norm = GroupNorm(channels, groups, eps) if groups else None
+        self.attention = Attention(channels, heads, context)
+        self.divisor = divisor
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        n, channels, height, width = x.shape
+        h = x if self.norm is None else self.norm(x)
+        # free of copies on channels-last images, there and back
+        h = self.attention(h.permute(0, 2, 3, 1).reshape(n, height * width, channels), context)
+        x = x + h.view(n, height, width, channels).permute(0, 3, 1, 2)
+        return x if self.divisor == 1 else x / self.divisor

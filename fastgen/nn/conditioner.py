@@ -1,0 +1,126 @@
+"""Networks that compute the parameters of a transform from the part of its input that stays, and from a context."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LIMIT", "ConvConditioner", "MLPConditioner", "ResNetConditioner"]
+
+LIMIT = 1e9
+"""Inputs of conditioners saturate here: beyond, sums overflow float32 and no finite output is left."""
+
+
+class MLPConditioner(nn.Module):
+    """Fully connected network with one linear layer per output, each contiguous as the kernels read it.
+
+    The context enters the first layer, which is what concatenating it to the input would do, without the copy.
+
+    Args:
+        inputs: features of x.
+        hidden: widths of the hidden layers, at least one.
+        outputs: size of each output.
+        context: features of the context; 0 for none.
+
+    Shape: [N, inputs], [N, context] or None -> a tuple of [N, outputs[i]].
+    """
+
+    def __init__(self, inputs: int, hidden: Sequence[int], outputs: Sequence[int], context: int = 0) -> None:
+        super().__init__()
+        if not hidden or min(hidden) < 1:
+            raise ValueError(f"hidden must be the widths of at least one layer, got {tuple(hidden)}")
+        self.first = nn.Linear(inputs, hidden[0])
+        self.context = nn.Linear(context, hidden[0], bias=False) if context else None
+        self.rest = nn.ModuleList(nn.Linear(n, m) for n, m in itertools.pairwise(hidden))
+        self.heads = nn.ModuleList(nn.Linear(hidden[-1], size) for size in outputs)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
+        h = self.first(x.clamp(-LIMIT, LIMIT))
+        if self.context is not None:
+            h = h + self.context(context)
+        # in place: a linear layer's gradient does not need its output
+        h = torch.relu_(h)
+        for layer in self.rest:
+            h = torch.relu_(layer(h))
+        return tuple(head(h) for head in self.heads)
+
+
+class ConvConditioner(nn.Module):
+    """Three convolutions, 3x3, 1x1 and 3x3, with ReLU between them: Glow's network.
+
+    Args:
+        inputs: channels of x.
+        hidden: channels between the convolutions.
+        outputs: channels of each output.
+        context: features of the context, which enters as the bias of the first layer; 0 for none.
+
+    The last layer starts at zero, so that an affine coupling starts as the identity.
+
+    Shape: [N, inputs, H, W], [N, context] or None -> a tuple of [N, outputs[i], H, W].
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: Sequence[int], context: int = 0) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
+        self.context = nn.Linear(context, hidden, bias=False) if context else None
+        self.middle = nn.Conv2d(hidden, hidden, 1)
+        self.head = _zeros(nn.Conv2d(hidden, sum(outputs), 3, padding=1))
+        self.outputs = tuple(outputs)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
+        h = self.first(_as_pixels(x))
+        if self.context is not None:
+            h = h + self.context(context)[:, :, None, None]
+        h = torch.relu_(self.middle(torch.relu_(h)))
+        return self.head(h).split(self.outputs, 1)
+
+
+class ResNetConditioner(nn.Module):
+    """A 3x3 convolution, residual blocks of two more, and a last one: RealNVP's network, without its batch normalisation,
+    which would make a sample's density depend on its batch.
+
+    Args, start and shapes are those of :class:`ConvConditioner`; ``blocks`` counts the residual blocks.
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: Sequence[int], context: int = 0, *, blocks: int = 2) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
+        self.context = nn.Linear(context, hidden, bias=False) if context else None
+        self.blocks = nn.ModuleList(_ResidualBlock(hidden) for _ in range(blocks))
+        self.head = _zeros(nn.Conv2d(hidden, sum(outputs), 3, padding=1))
+        self.outputs = tuple(outputs)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
+        h = self.first(_as_pixels(x))
+        if self.context is not None:
+            h = h + self.context(context)[:, :, None, None]
+        for block in self.blocks:
+            h = block(h)
+        return self.head(torch.relu(h)).split(self.outputs, 1)
+
+
+class _ResidualBlock(nn.Module):
+    """x + conv(relu(conv(relu(x))))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(torch.relu_(self.first(torch.relu(x))))
+
+
+def _as_pixels(x: Tensor) -> Tensor:
+    """Saturated, and with the channels of a pixel side by side: the layout in which convolutions are fastest."""
+    return x.clamp(-LIMIT, LIMIT).contiguous(memory_format=torch.channels_last)
+
+
+def _zeros(layer: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
