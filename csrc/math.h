@@ -108,8 +108,8 @@ INLINE vf sigmoid(vf x) {
   return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
 }
 
-// 1 / (1 + e^-x), and `rest` = 1 - that without its cancellation: factors of SiLU and its derivative. Both stop at 1.8e-35 and do
-// not keep NaN, which x itself brings into those products. Error < 3 ulp.
+// 1 / (1 + e^-x), and `rest` = 1 - that without its cancellation: factors of SiLU and its derivative. Both stop at 1.8e-35 and
+// do not keep NaN, which x itself brings into those products. Error < 3 ulp.
 INLINE vf sigmoid_factor(vf x, vf& rest) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
   const vf bounded = at_least(at_most(x, 80.0f), -80.0f);

@@ -2,8 +2,8 @@
 // mathematics.
 //
 // Images lie channels first, [samples, channels, pixels], or channels last, [samples, pixels, channels]. What is normalised
-// alone is a unit: a group of one sample or, channels last, all groups of one sample, which lie together. A unit is reduced tile
-// by tile and then written while the caches hold it; where there are too few units for the threads, these share the tiles.
+// alone is a unit: a group of one sample or, channels last, all groups of one sample, which lie together. A unit is reduced
+// tile by tile and then written while the caches hold it; where there are too few units for the threads, these share the tiles.
 #pragma once
 #include "../math.h"
 #include "../parallel.h"
@@ -43,7 +43,7 @@ struct NormTiling {
     if (parts > 1) return {tile / parts, 1, tile % parts * step, min(step, pixels - tile % parts * step)};
     return {tile * step, min(step, per - tile * step), 0, pixels};
   }
-  // where a patch begins in memory, and the distance of its rows: pixels of one channel or, channels last, channels of one pixel
+  // where a patch begins in memory
   int64_t offset(int64_t unit, const Patch& p) const {
     return last ? (unit * pixels + p.pixel) * channels : (unit * per + p.channel) * pixels + p.pixel;
   }
@@ -53,8 +53,8 @@ struct NormTiling {
   bool streams(const T* out) const {
     return last ? streamable(out, samples * pixels, channels) : streamable(out, samples * channels, pixels);
   }
-  // For every unit: prepare(unit, scratch), reduce(unit, tile, scratch) of all tiles, finish(unit, scratch) and apply(unit, tile,
-  // scratch) of all tiles. `scratch` holds `size` floats of the unit.
+  // For every unit: prepare(unit, scratch), reduce(unit, tile, scratch) of all tiles, finish(unit, scratch) and apply(unit,
+  // tile, scratch) of all tiles. `scratch` holds `size` floats of the unit.
   template <class Prepare, class Reduce, class Finish, class Apply>
   void run(int64_t threads, int64_t size, Prepare&& prepare, Reduce&& reduce, Finish&& finish, Apply&& apply) const {
     if (samples * channels * pixels < SERIAL) threads = 1;
@@ -284,8 +284,8 @@ INLINE void group_norm_silu_fwd_as(const NormTiling& tiling, const Modulation& m
   tiling.run(threads, coefficients + 3 * tiling.tiles * tiling.unit_groups, [](int64_t, float*) {}, reduce, finish, apply);
 }
 
-// `stats` are those of the forward pass. grad_weight and grad_bias are [channels], grad_scale and grad_shift [samples, channels];
-// null where they are not wanted.
+// `stats` are those of the forward pass. grad_weight and grad_bias are [channels], grad_scale and grad_shift [samples,
+// channels]; null where they are not wanted.
 template <class T, bool Silu, bool Last>
 INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& modulation, const T* x, const T* grad_y,
                                    const float* stats, T* grad_x, void* grad_weight, void* grad_bias, void* grad_scale,
