@@ -29,7 +29,7 @@ ALLOWED = {
     "sampling": {"registry", "nn", "ops", "random", "data", "training"},
     "metrics": {"registry", "nn", "ops", "random", "data", "sampling", "training"},
     "interop": {"registry", "nn", "ops", "random", "data", *FAMILIES},
-    "cli": {"registry", "nn", "ops", "random", "data", "sampling", "training", "metrics", "autoencoders"},
+    "cli": {"registry", "nn", "ops", "random", "data", "sampling", "training", "metrics", "autoencoders", "interop"},
     "__init__": set(),
     "__main__": {"cli"},
 }

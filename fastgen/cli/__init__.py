@@ -1,7 +1,7 @@
-"""The ``fastgen`` command: train, sample, evaluate, bench, info, list, demo.
+"""The ``fastgen`` command: train, sample, evaluate, bench, info, list, demo, parity.
 
-Exit codes: 0 done; 1 training stopped on a non-finite loss; 2 the user's input cannot be used (one line on stderr says
-which and why); 130 interrupted. A defect of fastgen keeps its traceback.
+Exit codes: 0 done; 1 training stopped on a non-finite loss, or parity was not reached; 2 the user's input cannot be used (one
+line on stderr says which and why); 130 interrupted. A defect of fastgen keeps its traceback.
 """
 
 from __future__ import annotations

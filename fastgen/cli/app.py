@@ -12,6 +12,7 @@ from fastgen.cli.demo import demo
 from fastgen.cli.evaluate import evaluate
 from fastgen.cli.info import info
 from fastgen.cli.names import list_names
+from fastgen.cli.parity import parity
 from fastgen.cli.sample import sample
 from fastgen.cli.train import train
 
@@ -53,3 +54,4 @@ app.command(
 app.command()(info)
 app.command(name="list")(list_names)
 app.command()(demo)
+app.add_typer(parity, name="parity")

@@ -12,13 +12,15 @@ __all__ = ["Attention", "ImageAttention", "heads_of"]
 
 
 def heads_of(channels: int, head_channels: int | None) -> int:
-    """Number of heads of ``head_channels`` channels each in ``channels``; None: one head. At least one."""
+    """Number of heads of about ``head_channels`` channels each: ``channels // head_channels`` where that divides, else the next
+    lower count that does. None: one head.
+
+    >>> heads_of(256, 64), heads_of(100, 30), heads_of(8, 64), heads_of(8, None)
+    (4, 2, 1, 1)
+    """
     if head_channels is None:
         return 1
-    heads = max(channels // head_channels, 1)
-    if channels % heads:
-        raise ValueError(f"{channels} channels do not split into heads of {head_channels}")
-    return heads
+    return next(h for h in range(max(channels // head_channels, 1), 0, -1) if channels % h == 0)
 
 
 class Attention(nn.Module):

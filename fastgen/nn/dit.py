@@ -67,7 +67,7 @@ class DiT(nn.Module):
         patch: side of a patch; sizes that it does not divide are padded with zeros on the right and below, and cut again.
         width: channels of a token, divisible by 4.
         depth: blocks.
-        head_channels: channels of an attention head.
+        head_channels: channels of an attention head, about; None: one head.
         mlp_ratio: hidden width of a block's perceptron over ``width``.
         num_classes: class labels; None: none.
         context_channels: channels of the context's tokens; None: no context.
@@ -132,7 +132,7 @@ class DiT(nn.Module):
         if context is not None and self.null_context is None:
             raise ValueError("a context was given to a network without one: make it with context_channels")
         context = self.null_context if context is None else context
-        told = F.silu(self.conditioning(time, labels))
+        told = F.silu(self.conditioning(time, labels)).to(self.embed.weight.dtype)
 
         p, (n, _, height, width) = self.patch, x.shape
         rows, columns = -(-height // p), -(-width // p)

@@ -92,8 +92,8 @@ class TimeMLP(nn.Module):
         if context is not None:
             if self.context is None:
                 raise ValueError("a context was given to a network without one: make it with context_channels")
-            told = told + self.context(context.to(told.dtype).mean(1))
-        told = F.silu(told)
+            told = told + self.context(context.to(self.context.weight.dtype).mean(1))
+        told = F.silu(told).to(self.first.weight.dtype)
         h = self.first(x.flatten(1).to(self.first.weight.dtype))
         for block in self.blocks:
             h = block(h, told)

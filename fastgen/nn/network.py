@@ -15,9 +15,9 @@ __all__ = ["Network", "recompute"]
 class Network(Protocol):
     """A function of a noisy x and its time, in the networks of :mod:`fastgen.nn`: ``UNet``, ``DiT``, ``TimeMLP``.
 
-    Shape: x [N, *event]; time [N], or [1] for the whole batch, which costs less; labels int64 [N] in 0..K, where K =
-    ``num_classes`` is the null class of classifier-free guidance, as is None; context [N, T, D], None the null context ->
-    [N, out, ...] in the dtype of x, whatever the dtype of the weights.
+    Shape: x [N, *event]; time [N], or one for the whole batch ([1], or it expanded), which costs less; labels int64 [N] in
+    0..K, where K = ``num_classes`` is the null class of classifier-free guidance, as is None; context [N, T, D], None the null
+    context -> [N, out, ...] in the dtype of x, whatever the dtype of the weights.
     """
 
     def __call__(self, x: Tensor, time: Tensor, *, labels: Tensor | None = None, context: Tensor | None = None) -> Tensor: ...

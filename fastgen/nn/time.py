@@ -138,7 +138,8 @@ class Conditioning(nn.Module):
         labels: what a label is: "index" (of a class), "number" (embedded as the time is) or "vector" (added as it comes).
 
     Shape: time [N] or [1], labels [N] -> [N, outputs], or [1, outputs] where time and label are shared by the batch, which
-    lets blocks do less. float32 arithmetic in the features of the time, the weights' own after them.
+    lets blocks do less: one time expanded to [N] counts as one. float32 arithmetic in the features of the time, the weights'
+    own after them.
     """
 
     def __init__(
@@ -166,7 +167,10 @@ class Conditioning(nn.Module):
     def forward(self, time: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is not None and not self.takes_labels:
             raise ValueError("labels were given to a network without classes: make it with num_classes")
-        embedded = self.time(self.features(time.reshape(-1)))
+        time = time.reshape(-1)
+        if time.stride(0) == 0:
+            time = time[:1]
+        embedded = self.time(self.features(time))
         if self.labels == "index":
             return embedded if self.label is None else embedded + self.label(labels)
         if labels is None:  # nothing to add: the null label

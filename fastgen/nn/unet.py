@@ -57,7 +57,7 @@ class UNet(nn.Module):
         attention_levels: levels with self-attention, 0 the finest.
         attention_levels_up: the same for the way up; None: as on the way down.
         middle: what is between the ways: "attention" (between two residual blocks), "residual" (the two alone) or "none".
-        head_channels: channels of an attention head; None: one head. scaled_dot_product_attention likes 32 to 128.
+        head_channels: channels of an attention head, about (see :func:`fastgen.nn.attention.heads_of`); None: one head.
         num_classes: class labels; None: none.
         context_channels: channels of the context's tokens, attended to wherever there is self-attention; None: no context.
         groups, eps: of the group normalisation; channels that ``groups`` does not divide take their common divisor.
@@ -186,7 +186,7 @@ class UNet(nn.Module):
         if context is not None and self.null_context is None:
             raise ValueError("a context was given to a network without one: make it with context_channels")
         context = self.null_context if context is None else context
-        told = F.silu(self.conditioning(time, labels))
+        told = F.silu(self.conditioning(time, labels)).to(self.conv_in.weight.dtype)
         keep = self.checkpointing
 
         h = x.to(self.conv_in.weight.dtype)

@@ -19,7 +19,15 @@ from torch import Tensor
 from fastgen.autoencoders.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from fastgen.nn.unet import UNet
 
-__all__ = ["autoencoder_kl_from_diffusers", "load", "load_autoencoder_kl", "load_unet", "our_names", "unet_from_diffusers"]
+__all__ = [
+    "autoencoder_kl_from_diffusers",
+    "load",
+    "load_autoencoder_kl",
+    "load_unet",
+    "our_names",
+    "read",
+    "unet_from_diffusers",
+]
 
 _UNET_DEFAULTS: dict[str, Any] = {
     "sample_size": None,
@@ -75,9 +83,9 @@ _KL_DEFAULTS: dict[str, Any] = {
 # pattern -> what stands there in our names, applied in order; {place} of a block is the same in both
 _RENAMES = [
     (r"^time_proj\.weight$", "conditioning.features.weight"),
-    (r"^time_embedding\.linear_", "conditioning.time.linear_"),
-    (r"^class_embedding\.linear_", "conditioning.label.linear_"),
     (r"^class_embedding\.weight$", "conditioning.label.table.weight"),
+    (r"^time_embedding\b", "conditioning.time"),
+    (r"^class_embedding\b", "conditioning.label"),
     (r"linear_1\.", "first."),
     (r"linear_2\.", "second."),
     (r"mid_block\.resnets\.(\d+)", r"middle.\1.residual"),
@@ -94,24 +102,31 @@ _RENAMES = [
     (r"\.attention\.(?:to_v|value)\.", ".attention.attention.value."),
     (r"\.attention\.(?:to_out\.0|proj_attn)\.", ".attention.attention.out."),
     (r"(^|\.)conv_norm_out\.", r"\1norm_out."),
-    (r"^quant_conv\.", "after_encoder."),
-    (r"^post_quant_conv\.", "before_decoder."),
+    (r"^quant_conv\b", "after_encoder"),
+    (r"^post_quant_conv\b", "before_decoder"),
 ]
 
 
-def our_names(theirs: str) -> str:
-    """The name in our networks of a parameter of diffusers; query, key and value keep theirs until they are joined.
+def our_names(theirs: str, autoencoder: AutoencoderKL | None = None) -> str:
+    """The name in our networks of a parameter or module of diffusers; query, key and value keep theirs until they are joined.
+
+    Args:
+        theirs: the name there.
+        autoencoder: ours, where the name is of an autoencoder: its decoder's levels are sequences.
 
     >>> our_names("down_blocks.1.attentions.0.to_out.0.weight")
     'down.1.blocks.0.attention.attention.out.weight'
     """
     for pattern, replacement in _RENAMES:
         theirs = re.sub(pattern, replacement, theirs)
+    if autoencoder is not None:
+        theirs = re.sub(r"^(decoder\.up\.\d+)\.blocks", r"\1", theirs)
+        theirs = re.sub(r"^(decoder\.up\.\d+)\.resample", rf"\1.{autoencoder.config.layers + 1}", theirs)
     return theirs
 
 
-def _translate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ours = {our_names(name): w for name, w in weights.items()}
+def _translate(weights: Mapping[str, Tensor], autoencoder: AutoencoderKL | None = None) -> dict[str, Tensor]:
+    ours = {our_names(name, autoencoder): w for name, w in weights.items()}
     for name in [n for n in ours if n.endswith((".query.weight", ".query.bias"))]:
         stem, _, kind = name.rpartition(".query.")
         parts = [ours.pop(f"{stem}.{part}.{kind}") for part in ("query", "key", "value")]
@@ -250,12 +265,8 @@ def autoencoder_kl_from_diffusers(config: Mapping[str, Any], weights: Mapping[st
             shift_factor=c["shift_factor"] or 0.0,
         )
     )
-    ours = _translate(weights)
+    ours = _translate(weights, model)
     ours["log_scale"] = torch.zeros(())
-    # the decoder's levels are sequences: blocks, then the layer that doubles
-    count = c["layers_per_block"] + 1
-    ours = {re.sub(r"^(decoder\.up\.\d+)\.blocks", r"\1", n): w for n, w in ours.items()}
-    ours = {re.sub(r"^(decoder\.up\.\d+)\.resample", rf"\1.{count}", n): w for n, w in ours.items()}
     return _fill(model, ours)
 
 
@@ -278,60 +289,61 @@ _FOLDERS = {"UNet2DModel": ("unet",), "AutoencoderKL": ("vae", "vqvae")}
 _STEM = "diffusion_pytorch_model"
 
 
-def _read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and weights of a folder, or of the part of a pipeline's folder that holds a ``kind``."""
+def read(path: str | Path, kind: str | None = None) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Class name, config.json and float32 weights of a folder of ``save_pretrained``, or of the part of a pipeline's folder
+    that holds a ``kind`` (None: the first that fastgen loads).
+
+    Raises:
+        FileNotFoundError: no config.json or no safetensors there.
+        ValueError: another class than ``kind``, or than those that fastgen loads.
+    """
     from safetensors.torch import load_file
 
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        parts = [folder / part for part in _FOLDERS[kind] if (folder / part / "config.json").is_file()]
+        wanted = [part for name, parts in _FOLDERS.items() if kind in (None, name) for part in parts]
+        parts = [folder / part for part in wanted if (folder / part / "config.json").is_file()]
         if not parts:
-            raise FileNotFoundError(f"{folder} holds no {kind}: there is no config.json")
+            raise FileNotFoundError(f"{folder} holds no {kind or ' and no '.join(_FOLDERS)}: there is no config.json")
         folder = parts[0]
     config = json.loads((folder / "config.json").read_text())
-    if config.get("_class_name", kind) != kind:
-        raise ValueError(f"{folder} holds a {config['_class_name']}, not a {kind}")
+    name = config.get("_class_name", kind)
+    if name not in _FOLDERS or kind not in (None, name):
+        raise ValueError(f"{folder} holds a {name}, not a {kind or ' or a '.join(_FOLDERS)}")
     index = folder / f"{_STEM}.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
-        names = [p.name for p in sorted(folder.glob(f"{_STEM}*.safetensors"), key=lambda p: len(p.name))[:1]]
-    if not names:
+        files = [p.name for p in sorted(folder.glob(f"{_STEM}*.safetensors"), key=lambda p: len(p.name))[:1]]
+    if not files:
         raise FileNotFoundError(
             f"{folder} holds no {_STEM}.safetensors; a pickled .bin is not read: save it again with safe_serialization=True"
         )
     weights: dict[str, Tensor] = {}
-    for name in names:
-        weights |= {n: w.float() for n, w in load_file(folder / name).items()}
-    return config, weights
+    for file in files:
+        weights |= {n: w.float() for n, w in load_file(folder / file).items()}
+    return name, config, weights
 
 
 def load_unet(path: str | Path) -> UNet:
     """The ``UNet2DModel`` of a folder of ``save_pretrained``, or of a whole pipeline's, as our U-Net: float32, eval mode.
 
-    Raises:
-        FileNotFoundError: no config.json or no safetensors there.
-        ValueError: see :func:`unet_from_diffusers`.
+    Raises: as :func:`read` and :func:`unet_from_diffusers` do.
     """
-    return unet_from_diffusers(*_read(path, "UNet2DModel"))
+    _, config, weights = read(path, "UNet2DModel")
+    return unet_from_diffusers(config, weights)
 
 
 def load_autoencoder_kl(path: str | Path) -> AutoencoderKL:
     """The ``AutoencoderKL`` of a folder of ``save_pretrained``, or of a whole pipeline's, as ours: float32, eval mode.
 
-    Raises:
-        FileNotFoundError: no config.json or no safetensors there.
-        ValueError: see :func:`autoencoder_kl_from_diffusers`.
+    Raises: as :func:`read` and :func:`autoencoder_kl_from_diffusers` do.
     """
-    return autoencoder_kl_from_diffusers(*_read(path, "AutoencoderKL"))
+    _, config, weights = read(path, "AutoencoderKL")
+    return autoencoder_kl_from_diffusers(config, weights)
 
 
 def load(path: str | Path) -> UNet | AutoencoderKL:
     """What a folder of ``save_pretrained`` holds, by the class that its config.json names."""
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        return load_unet(path)
-    name = json.loads((folder / "config.json").read_text()).get("_class_name")
-    if name not in _FOLDERS:
-        raise ValueError(f"{folder} holds a {name}; fastgen loads {' and '.join(_FOLDERS)}")
-    return load_unet(path) if name == "UNet2DModel" else load_autoencoder_kl(path)
+    name, config, weights = read(path)
+    return unet_from_diffusers(config, weights) if name == "UNet2DModel" else autoencoder_kl_from_diffusers(config, weights)

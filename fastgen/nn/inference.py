@@ -1,0 +1,119 @@
+"""A network made for evaluation alone: fewer bits, weights laid out once, sums and biases inside the convolutions."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen.nn.conv import Conv2d
+from fastgen.nn.resnet import Upsample
+from fastgen.nn.time import Conditioning
+
+__all__ = ["fast_dtype", "optimize", "relative_error"]
+
+
+def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """bfloat16 where the device multiplies it natively (AMX or AVX-512 BF16 on a CPU), else float32: emulated it is slower."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: bool = False) -> nn.Module:
+    """A copy of the network for evaluation: same interface, no gradients, not to be saved.
+
+    * Weights in ``dtype``, channels-last; inputs and outputs keep theirs, and so do the time and label embeddings.
+    * On a CPU the weights of convolutions are laid out once for oneDNN instead of at every call, the residual sum happens
+      inside the convolution, and in float32 "double the image, then convolve" is one transposed convolution where that is
+      less work.
+    * ``compile=True`` compiles the copy whole instead (slow on the first call of each shape).
+
+    Args:
+        network: any network of :mod:`fastgen.nn`; it is left as it is.
+        dtype: of the weights; None: :func:`fast_dtype` of the network's device.
+        compile: use ``torch.compile(fullgraph=True)``.
+
+    How far the copy is from the network, :func:`relative_error` says.
+    """
+    device = next(network.parameters()).device
+    dtype = fast_dtype(device) if dtype is None else dtype
+    fast = copy.deepcopy(network).eval().requires_grad_(False).to(dtype=dtype)
+    for module in fast.modules():
+        if isinstance(module, Conditioning):
+            module.float()
+    for module in fast.modules():
+        if isinstance(module, Conv2d):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compile:
+        return cast(nn.Module, torch.compile(fast, fullgraph=True))
+    if device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
+        for name, module in list(fast.named_modules()):
+            if isinstance(module, Upsample) and dtype == torch.float32:
+                fast.set_submodule(name, PackedUpsample(module))
+        for name, module in list(fast.named_modules()):
+            if type(module) is Conv2d:
+                fast.set_submodule(name, PackedConv2d(module))
+    return fast
+
+
+@torch.no_grad()
+def relative_error(fast: nn.Module, network: nn.Module, x: Tensor, time: Tensor, **conditions: Any) -> float:
+    """||fast(x) - network(x)|| / ||network(x)|| over the whole batch, in float64."""
+    a, b = fast(x, time, **conditions).double(), network(x, time, **conditions).double()
+    return ((a - b).norm() / b.norm()).item()
+
+
+class PackedConv2d(nn.Module):
+    """:class:`fastgen.nn.conv.Conv2d` whose weight is in oneDNN's own layout for the first input it sees, bias and residual sum
+    inside. Other input sizes are right too.
+    """
+
+    def __init__(self, conv: Conv2d) -> None:
+        super().__init__()
+        self.in_channels = conv.in_channels
+        self.weight = conv.weight.detach()
+        self.bias = conv.bias.detach()
+        self.stride, self.padding, self.dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        where = (self.padding, self.stride, self.dilation, 1)
+        if self.weight.layout == torch.strided:
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *where, list(x.shape))
+        shared = shift is not None and shift.shape[0] == 1
+        bias = self.bias + shift[0] if shared else self.bias  # type: ignore[index]
+        if residual is None:
+            h = torch.ops.mkldnn._convolution_pointwise(x, self.weight, bias, *where, "none", [], "")
+        else:
+            h = torch.ops.mkldnn._convolution_pointwise.binary(
+                x, residual, self.weight, bias, *where, "add", None, None, [], None
+            )
+        return h if shift is None or shared else h.add_(shift[:, :, None, None])
+
+
+class PackedUpsample(nn.Module):
+    """:class:`fastgen.nn.resnet.Upsample` as one transposed convolution: the 3x3 kernel run over the 2x2 copies of a pixel is a
+    4x4 kernel of stride 2, with 4 products for every 9. Small images, where a layer is bound by its weights, go the plain way.
+    """
+
+    pixels = 128
+
+    def __init__(self, upsample: Upsample) -> None:
+        super().__init__()
+        self.plain = upsample
+        kernel = F.pad(upsample.conv.weight.detach().flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
+        rows = kernel[:, :, 1:] + kernel[:, :, :-1]
+        self.weight = (rows[..., 1:] + rows[..., :-1]).contiguous()
+        self.bias = upsample.conv.bias.detach()
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        height, width = x.shape[2:]
+        if size not in (None, (2 * height, 2 * width)) or height * width < self.pixels:
+            return self.plain(x, embedding, size)
+        return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)

@@ -1,0 +1,89 @@
+"""The copy made for evaluation against the network it was made of."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fastgen.nn.autoencoder import ImageDecoder, ImageEncoder
+from fastgen.nn.inference import PackedConv2d, PackedUpsample, fast_dtype, optimize, relative_error
+from fastgen.nn.resnet import Upsample
+from tests.nn.networks import FULL, KINDS, build, inputs, randomise
+
+every = pytest.mark.parametrize("kind", KINDS)
+
+
+@every
+@torch.no_grad()
+def test_float32_copy_gives_the_same(kind):
+    net = build(kind, **FULL)
+    before = copy.deepcopy(net.state_dict())
+    fast = optimize(net, dtype=torch.float32)
+    for size in [(32, 16), (8, 6), (7, 5)]:  # laid out for the first, right for the others
+        x, t, named = inputs(kind, size=size, labels=True, context=True)
+        assert relative_error(fast, net, x, t, **named) < 1e-5
+        assert relative_error(fast, net, x, t[:1]) < 1e-5
+    assert all(torch.equal(w, before[name]) for name, w in net.state_dict().items())
+    assert net.training
+    assert not fast.training
+    assert not any(p.requires_grad for p in fast.parameters())
+
+
+@every
+@torch.no_grad()
+def test_bfloat16_copy_is_near(kind):
+    net = build(kind, **FULL)
+    fast = optimize(net, dtype=torch.bfloat16)
+    x, t, named = inputs(kind, size=(16, 16), labels=True, context=True)
+    assert fast(x, t, **named).dtype == torch.float32
+    assert 1e-5 < relative_error(fast, net, x, t, **named) < 0.02  # 8 channels average little
+
+
+def test_convolutions_are_packed():
+    fast = optimize(build("unet"), dtype=torch.float32)
+    assert sum(isinstance(m, PackedConv2d) for m in fast.modules()) > 10
+    assert sum(isinstance(m, PackedUpsample) for m in fast.modules()) == 1
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 10), (1, 200), (4, 4)])
+@torch.no_grad()
+def test_doubling_is_one_transposed_convolution(size):
+    torch.manual_seed(0)
+    plain = randomise(Upsample(6))
+    packed = PackedUpsample(plain)
+    x = torch.randn(2, 6, *size)
+    torch.testing.assert_close(packed(x), plain(x), rtol=1e-4, atol=1e-5)
+    odd = (2 * size[0] - 1, 2 * size[1])
+    torch.testing.assert_close(packed(x, size=odd), plain(x, size=odd), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_autoencoders_too():
+    torch.manual_seed(0)
+    for net, shape in (
+        (ImageEncoder(3, 4, widths=(8, 12), groups=4), (3, 32, 24)),
+        (ImageDecoder(4, 3, widths=(8, 12)), (4, 16, 16)),
+    ):
+        net, x = randomise(net), torch.randn(2, *shape)
+        torch.testing.assert_close(optimize(net, dtype=torch.float32)(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_relative_error_is_of_the_whole_batch():
+    x = torch.randn(4, 3)
+    assert relative_error(lambda x, t: 1.5 * x, lambda x, t: x, x, x) == pytest.approx(0.5)
+
+
+def test_default_dtype_is_the_machines_own():
+    net = build("unet")
+    assert next(p for n, p in optimize(net).named_parameters() if "norm" in n).dtype == fast_dtype()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_copy_gives_the_same():
+    net = build("unet", **FULL)
+    x, t, named = inputs("unet", labels=True, context=True)
+    assert relative_error(optimize(net, dtype=torch.float32, compile=True), net, x, t, **named) < 1e-4
