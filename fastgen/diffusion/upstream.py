@@ -107,8 +107,8 @@ def upstream_grid(
 
 
 def upstream_plan(sampler: Sampler, grid: Grid) -> Plan:
-    """The sampler's plan as upstream's: its DDPM adds noise in a last step from t > 0 to the data, with the large variance all of
-    it, with a learned one between that and 1e-20."""
+    """The sampler's plan as upstream's: its DDPM adds noise in a last step from t > 0 to the data, with the large variance all
+    of it, with a learned one between that and 1e-20."""
     plan = sampler.plan(grid)
     if isinstance(sampler, DDPM) and sampler.variance != "small" and float(grid.time[-1]) > 0:
         large, rows = 1 - grid.alpha[-1].square(), plan.rows.clone()

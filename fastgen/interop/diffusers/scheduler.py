@@ -87,7 +87,7 @@ class Scheduler(Configured):
 
     ``step`` takes ``generator=`` as diffusers does, and then draws the values that diffusers would. Without one it draws from a
     fresh key of our own generator, whose seed comes from PyTorch's: ``torch.manual_seed`` makes runs repeat, with other values
-    than diffusers'. Gradients flow through the current evaluation; the earlier ones that a multistep method keeps are constants.
+    than diffusers'. Gradients flow through the current evaluation; earlier ones that a multistep method keeps are constants.
 
     Attributes:
         timesteps: what the network is told at each step.
@@ -97,9 +97,10 @@ class Scheduler(Configured):
         init_noise_sigma: scale of the noise that sampling starts from.
     """
 
+    sigmas: Tensor
     order: ClassVar[int] = 1
     _compatibles: ClassVar[list[str]] = []
-    layout: ClassVar[Layout] = "sigma"
+    layout: Layout = "sigma"
     by_counter: ClassVar[bool] = True
     """Whether a step after the first is the next one, whatever time is given, as with most of diffusers' schedulers."""
     in_levels: ClassVar[bool] = False
@@ -117,6 +118,8 @@ class Scheduler(Configured):
     num_inference_steps: int | None = None
     _schedule: Schedule
     _grid: Grid
+    _levels: list[float]
+    """sigma / alpha at each of ``timesteps`` and at the end."""
 
     # -- what subclasses say
 
@@ -461,7 +464,7 @@ class ChainScheduler(Scheduler):
     def _level(self) -> None:
         alpha, sigma = self._points()
         ratio = sigma / alpha
-        self._levels: list[float] = ratio.tolist()
+        self._levels = ratio.tolist()
         self._scales: list[float] = alpha.tolist()
         if self.by_counter:
             self.sigmas = ratio.float()

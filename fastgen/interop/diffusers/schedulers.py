@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastgen.diffusion.samplers import DDIM, DDPM, LMS, DPMSolver, Euler, EulerAncestral, Heun, Plan, Sampler, UniPC
+from fastgen.diffusion.samplers import DDIM, DDPM, LMS, DPMSolver, Euler, EulerAncestral, Heun, Layout, Plan, Sampler, UniPC
 from fastgen.diffusion.schedules import Flow, Grid, karras_levels, target_rows
 from fastgen.interop.diffusers.config import recorded
 from fastgen.interop.diffusers.scheduler import ChainScheduler, Generators, Scheduler
@@ -135,7 +135,7 @@ class DDIMScheduler(_Stateless):
             num_inference_steps``, which misses it for linspace and trailing spacing. The rest is as in diffusers.
     """
 
-    layout = "stride"
+    layout: Layout = "stride"
     extras = ("exact_steps",)
 
     @recorded
@@ -235,7 +235,7 @@ class _Levels(ChainScheduler):
     in_levels: ClassVar[bool] = True
 
     @property
-    def init_noise_sigma(self) -> Tensor:  # type: ignore[override]
+    def init_noise_sigma(self) -> Tensor:
         """Scale of the noise that sampling starts from."""
         largest = self.sigmas.max()
         return largest if self._arguments["timestep_spacing"] in ("linspace", "trailing") else (largest**2 + 1).sqrt()
@@ -288,10 +288,11 @@ class EulerDiscreteScheduler(_Levels):
     ) -> None:
         """Lay out the steps: how many, or their times, or their levels sigma / alpha and the last one's end; all falling."""
         if sigmas is None:
-            return self._set_timesteps(num_inference_steps, device, timesteps)
-        if num_inference_steps is not None or timesteps is not None:
+            self._set_timesteps(num_inference_steps, device, timesteps)
+        elif num_inference_steps is not None or timesteps is not None:
             raise ValueError("give one of num_inference_steps, timesteps and sigmas")
-        self._set_levels(torch.as_tensor(sigmas, dtype=torch.float64), device)
+        else:
+            self._set_levels(torch.as_tensor(sigmas, dtype=torch.float64), device)
 
     def _set_levels(self, ratio: Tensor, device: _Device) -> None:
         if ratio.dim() != 1 or len(ratio) < 2 or not bool((ratio.diff() < 0).all()) or float(ratio[-1]) < 0:
@@ -319,7 +320,7 @@ class EulerDiscreteScheduler(_Levels):
         return self._step(model_output, timestep, sample, return_dict=return_dict)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha noise - sigma x0 at ``timesteps`` [N] among the scheduler's (diffusers 0.42.1 takes other times of the chain)."""
+        """alpha noise - sigma x0 at ``timesteps`` [N] of the scheduler's (diffusers 0.42.1 takes other times of the chain)."""
         alpha, sigma = self._points()
         none = torch.zeros_like(alpha)
         table = torch.stack([-sigma, alpha, none, none], 1).to(sample.device, torch.float32)
@@ -770,7 +771,7 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         """Lay out the steps: how many, or their sigmas before the shift, falling; ``timesteps`` are what the network is told.
 
         Args:
-            mu: the logarithm of the shift with ``use_dynamic_shifting``, or the shift itself where ``time_shift_type`` is "linear".
+            mu: with ``use_dynamic_shifting`` the logarithm of the shift; where ``time_shift_type`` is "linear" the shift itself.
         """
         given = self._arguments
         if given["use_dynamic_shifting"] and mu is None:
