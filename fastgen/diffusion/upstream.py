@@ -29,7 +29,9 @@ def _times(chain: int, steps: int, layout: str, spacing: Spacing, offset: int, l
     more = layout == "solver"
     if spacing == "leading":
         return (torch.arange(steps + more, dtype=torch.float64) * (longest // (steps + more))).flip(0)[:steps] + offset
-    times = torch.linspace(0, longest - 1, steps + more, dtype=torch.float64).flip(0)[:steps]
+    # as numpy's linspace, from below: halves then round as upstream's
+    stride = (longest - 1) / max(steps + more - 1, 1)
+    times = (torch.arange(steps + more, dtype=torch.float64) * stride).clamp(max=longest - 1).flip(0)[:steps]
     return times if layout == "sigma" else times.round()
 
 

@@ -49,7 +49,7 @@ def recorded(init: Callable[..., None]) -> Callable[..., None]:
         given = dict(list(signature.bind(self, *args, **kwargs).arguments.items())[1:])
         for name, value in given.items():
             default = defaults[name]
-            if name in self.unsupported and value != default and not (value is None and not default):
+            if name in self.unsupported and value != default and (value or default):
                 raise ValueError(f"{type(self).__name__} does not support {name}={value!r}, only {name}={default!r}")
         self._arguments = {**defaults, **given}
         self._config = FrozenConfig({**self._arguments, _UNSET: [name for name in defaults if name not in given]})

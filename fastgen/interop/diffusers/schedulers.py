@@ -771,7 +771,7 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         """Lay out the steps: how many, or their sigmas before the shift, falling; ``timesteps`` are what the network is told.
 
         Args:
-            mu: with ``use_dynamic_shifting`` the logarithm of the shift; where ``time_shift_type`` is "linear" the shift itself.
+            mu: with ``use_dynamic_shifting`` the logarithm of the shift; the shift itself if ``time_shift_type`` is "linear".
         """
         given = self._arguments
         if given["use_dynamic_shifting"] and mu is None:
