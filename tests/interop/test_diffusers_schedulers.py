@@ -370,6 +370,24 @@ def test_output_and_fresh_tensors():
     assert out["pred_original_sample"] is out[1]
 
 
+def test_estimates_are_made_when_asked_for():
+    scheduler = ours.DDIMScheduler(clip_sample_range=0.5)
+    scheduler.set_timesteps(4)
+    x, t, out = start(), scheduler.timesteps[1], start(2)
+    eager = scheduler.step(out, t, x, return_dict=False)[1]
+    later = [scheduler.step(out, t, x) for _ in range(2)]
+    torch.testing.assert_close(later[0].pred_original_sample, eager, rtol=0, atol=0)
+    x.add_(1)
+    assert torch.equal(later[0].pred_original_sample, eager)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        _ = later[1].pred_original_sample
+    with torch.inference_mode():
+        x = start()
+        kept = scheduler.step(out, t, x)
+        x.add_(1)
+    assert torch.equal(kept.pred_original_sample, eager)
+
+
 def test_noise_without_a_generator_follows_the_global_seed():
     scheduler = ours.DDPMScheduler()
     scheduler.set_timesteps(3)

@@ -8,7 +8,7 @@ nothing is searched. The row goes to :func:`fastgen.ops.denoise`, ``add_noise`` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -31,13 +31,24 @@ _SPACINGS = ("leading", "linspace", "trailing")
 
 
 class SchedulerOutput:
-    """What ``step`` gives: attributes, or items by name or position."""
+    """What ``step`` gives: attributes, or items by name or position.
 
-    __slots__ = ("pred_original_sample", "prev_sample")
+    The estimate of the data may be made when it is first asked for, from the tensors that ``step`` was given; where these have
+    been changed in place by then, asking raises a RuntimeError.
+    """
 
-    def __init__(self, prev_sample: Tensor, pred_original_sample: Tensor | None = None) -> None:
+    __slots__ = ("_estimate", "prev_sample")
+
+    def __init__(self, prev_sample: Tensor, pred_original_sample: Tensor | Callable[[], Tensor] | None = None) -> None:
         self.prev_sample = prev_sample
-        self.pred_original_sample = pred_original_sample
+        self._estimate = pred_original_sample
+
+    @property
+    def pred_original_sample(self) -> Tensor | None:
+        """The estimate of the data; None where the method gives none."""
+        if callable(self._estimate):
+            self._estimate = self._estimate()
+        return self._estimate
 
     def to_tuple(self) -> tuple[Tensor, ...]:
         """What there is."""
@@ -59,8 +70,8 @@ class _Rows(NamedTuple):
 
     rows: tuple[Tensor, ...]
     """(p, q, A, B, S, C_1 .. C_H); with thresholding (0, 1, A, ...)."""
-    estimating: tuple[Tensor, ...] | None
-    """With thresholding: rows that give the estimate alone."""
+    estimating: tuple[Tensor, ...]
+    """Rows that give the estimate alone."""
     bounds: tuple[Tensor, ...] | None
     noisy: list[bool]
     """Whether S is not 0."""
@@ -183,10 +194,9 @@ class Scheduler(Configured):
             here, there, one = plan.alpha[:-1], plan.alpha[1:], torch.ones_like(plan.alpha[1:])
             rows = rows * torch.stack([here, one, here / there, *[1 / there] * (rows.shape[1] - 3)], 1)
         wide = torch.float64 if dtype is torch.float64 else torch.float32
-        estimating = None
+        one, none = torch.ones(len(rows), 1, dtype=torch.float64), torch.zeros(len(rows), 1, dtype=torch.float64)
+        estimating = torch.cat([rows[:, :2], none, one, none], 1).to(device, wide).unbind()
         if self._arguments.get("thresholding"):
-            one, none = torch.ones(len(rows), 1, dtype=torch.float64), torch.zeros(len(rows), 1, dtype=torch.float64)
-            estimating = torch.cat([rows[:, :2], none, one, none], 1).to(device, wide).unbind()
             rows = torch.cat([none, one, rows[:, 2:]], 1)
         return _Rows(
             rows.to(device, wide).unbind(),
@@ -288,8 +298,8 @@ class Scheduler(Configured):
         elif noise is None:
             key = random.fresh_key(sample.device)
 
-        estimate = model_output
-        if table.estimating is not None:
+        estimate, thresholds = model_output, self._arguments.get("thresholding", False)
+        if thresholds:
             estimate = ops.denoise(sample, model_output, table.estimating[i], table.quiet, return_x0=False).x_next
             options_of = self._arguments
             estimate = ops.dynamic_threshold(
@@ -305,6 +315,9 @@ class Scheduler(Configured):
             history, slot = self._history, self._history[i % table.slots]
         differentiate = torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad)
         into = None if slot is None or differentiate else (torch.empty_like(sample), slot)
+        later = None
+        if return_dict and self.gives_estimate and slot is None and not (thresholds or differentiate):
+            later = self._later(sample, model_output, table, i, clamp)
         out, x0 = ops.denoise(
             sample,
             estimate,
@@ -315,8 +328,10 @@ class Scheduler(Configured):
             clamp=clamp,
             log_variance=None if log_variance is None else (log_variance, table.bounds[i]) if table.bounds else log_variance,
             out=into,
-            return_x0=slot is not None or self.gives_estimate,
+            return_x0=slot is not None or (self.gives_estimate and later is None and not thresholds),
         )
+        if thresholds and slot is None:
+            x0 = estimate
         if slot is not None:
             assert x0 is not None
             if into is None:
@@ -332,8 +347,22 @@ class Scheduler(Configured):
         if not self.gives_estimate:
             x0 = None
         if return_dict:
-            return SchedulerOutput(out, x0)
+            return SchedulerOutput(out, x0 if later is None else later)
         return (out,) if x0 is None else (out, x0)
+
+    @staticmethod
+    def _later(sample: Tensor, model_output: Tensor, table: _Rows, i: int, clamp: float | None) -> Callable[[], Tensor] | None:
+        """What makes the estimate of the data: most callers never look at it, and writing it costs as much as the step."""
+        if table.of_slopes or sample.is_inference() or model_output.is_inference():
+            return None
+        versions = sample._version, model_output._version
+
+        def estimate() -> Tensor:
+            if (sample._version, model_output._version) != versions:
+                raise RuntimeError("pred_original_sample is gone: the sample or the model's output was changed in place")
+            return ops.denoise(sample, model_output, table.estimating[i], table.quiet, clamp=clamp, return_x0=False).x_next
+
+        return estimate
 
     def _diffused(self, sample: Tensor, noise: Tensor, rows: Tensor) -> Tensor:
         return ops.diffuse(sample, rows, noise=noise.to(sample.dtype), target=False).x_t
