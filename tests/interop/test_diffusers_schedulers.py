@@ -469,3 +469,15 @@ def test_errors(tmp_path):
         ddim.config["beta_end"] = 1.0
     with pytest.raises(FileNotFoundError, match="only local folders"):
         ours.DDIMScheduler.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parity_finds_them(name, tmp_path):
+    """``fastgen parity diffusers`` compares these classes, flows included."""
+    from fastgen.interop.diffusers.parity import load_schedulers, trajectory
+
+    getattr(diffusers, name)().save_pretrained(tmp_path / "scheduler")
+    theirs, mine = load_schedulers(tmp_path)
+    assert type(mine) is getattr(ours, name)
+    expected, got = (trajectory(s, lambda x, t: 0.1 * torch.tanh(x), start(), 6, 0) for s in (theirs, mine))
+    assert_alike(got, expected)
