@@ -10,36 +10,63 @@ Upstream lays out steps in four ways, and a sampler's ``layout`` says which its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastgen.diffusion.samplers import DDPM, Plan, Sampler
-from fastgen.diffusion.schedules import Discrete, Grid, Schedule, Spacing
+from fastgen.diffusion.schedules import Discrete, Grid, Schedule, Spacing, karras_levels
 
 __all__ = ["upstream_grid", "upstream_plan"]
 
 
-def _times(chain: int, steps: int, layout: str, spacing: Spacing) -> Tensor:
+def _times(chain: int, steps: int, layout: str, spacing: Spacing, offset: int, longest: int) -> Tensor:
     if spacing == "trailing":
-        return torch.arange(chain, 0, -chain / steps, dtype=torch.float64).round() - 1
+        return torch.arange(longest, 0, -chain / steps, dtype=torch.float64).round() - 1
     more = layout == "solver"
     if spacing == "leading":
-        return (torch.arange(steps + more, dtype=torch.float64) * (chain // (steps + more))).flip(0)[:steps]
-    times = torch.linspace(0, chain - 1, steps + more, dtype=torch.float64).flip(0)[:steps]
+        return (torch.arange(steps + more, dtype=torch.float64) * (longest // (steps + more))).flip(0)[:steps] + offset
+    # as numpy's linspace, from below: halves then round as upstream's
+    stride = (longest - 1) / max(steps + more - 1, 1)
+    times = (torch.arange(steps + more, dtype=torch.float64) * stride).clamp(max=longest - 1).flip(0)[:steps]
     return times if layout == "sigma" else times.round()
 
 
-def upstream_grid(schedule: Schedule, steps: int | Sequence[float], layout: str, spacing: Spacing | None = None) -> Grid:
+def upstream_grid(
+    schedule: Schedule,
+    steps: int | Sequence[float],
+    layout: str,
+    spacing: Spacing | None = None,
+    *,
+    offset: int = 0,
+    longest: int | None = None,
+    levels: Literal["karras", "exponential"] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    end: tuple[float, float] = (1.0, 0.0),
+) -> Grid:
     """The grid of diffusers' sampler with this layout.
 
     A flow's times are ``FlowMatchEulerDiscreteScheduler``'s: from 1 to 1 / 1000 in even steps, then 0, with its shift
     applied to the ends and to the steps.
+
+    Args:
+        schedule: a chain or a flow; the rest is for chains.
+        steps: how many, or the times themselves, falling.
+        layout: of the sampler.
+        spacing: "leading", "linspace" or "trailing"; None: upstream's default for the layout.
+        offset: added to "leading" times (``steps_offset``).
+        longest: steps of the chain that are used, from the cleanest; None: all (what ``lambda_min_clipped`` leaves).
+        levels: how the noise levels sigma / alpha are spaced instead.
+        low, high: ends of these levels; None: the levels of the first and the last time, or of the chain ("solver").
+        end: alpha and sigma after the last step.
     """
-    if not isinstance(steps, int):
-        return schedule.grid(steps)
     if not isinstance(schedule, Discrete):
+        if not isinstance(steps, int):
+            return schedule.grid(steps)
         shift = getattr(schedule, "shift", None)
         if shift is None:
             raise ValueError(f"compat='diffusers' is for chains and flows, not for {type(schedule).__name__}")
@@ -48,27 +75,49 @@ def upstream_grid(schedule: Schedule, steps: int | Sequence[float], layout: str,
         return schedule.grid((shift * time / (1 + (shift - 1) * time)).tolist())
     spacing = spacing or ("leading" if layout in ("index", "stride") else "linspace")
     chain, bar = schedule.steps, schedule.alphas_cumprod
-    time = _times(chain, steps, layout, spacing)
+    if isinstance(steps, int):
+        if not 1 <= steps <= chain:
+            raise ValueError(f"steps must be in 1 .. {chain}, got {steps}")
+        time = _times(chain, steps, layout, spacing, offset, longest or chain)
+    else:
+        time = torch.as_tensor(steps, dtype=torch.float64)
+        if time.dim() != 1 or len(time) < 1 or not bool((time.diff() < 0).all()):
+            raise ValueError(f"steps must be a number or falling times, got {steps!r}")
+    if float(time[0]) > chain - 1 or float(time[-1]) < 0:
+        raise ValueError(f"times must be in 0 .. {chain - 1}, got {float(time[0]):g} .. {float(time[-1]):g} (offset {offset})")
     ratios = ((1 - bar) / bar).sqrt()
     below = time.long()
-    if layout == "sigma":
+    if levels is not None:
+        ends = ratios[[0, -1]] if layout == "solver" else ratios[below[[-1, 0]]]
+        low, high = (float(ends[0]) if low is None else low), (float(ends[1]) if high is None else high)
+        if levels == "karras":
+            ratio = karras_levels(len(time), low, high)
+        else:
+            ratio = torch.linspace(math.log(high), math.log(low), len(time), dtype=torch.float64).exp()
+        time, (alpha, sigma) = schedule.time(ratio), schedule.of_ratio(ratio)
+    elif layout == "sigma":
         ratio = ratios[below].lerp(ratios[(below + 1).clamp(max=chain - 1)], time - below)
         alpha, sigma = schedule.of_ratio(ratio)
     else:
         alpha, sigma = bar[below].sqrt(), (1 - bar[below]).sqrt()
     if layout == "stride":
-        after = (time - chain // steps).long()
-        kept = torch.where(after >= 0, bar[after.clamp(min=0)], 1.0)
+        after = (time - chain // len(time)).long()
+        kept = torch.where(after >= 0, bar[after.clamp(min=0)], end[0] ** 2)
         return Grid(schedule, time, alpha, sigma, after.double(), kept.sqrt(), (1 - kept).sqrt())
-    end = [torch.tensor([value], dtype=torch.float64) for value in (schedule.clean, 1.0, 0.0)]
-    return Grid.through(schedule, *(torch.cat(pair) for pair in zip((time, alpha, sigma), end, strict=True)))
+    last_point = [torch.tensor([value], dtype=torch.float64) for value in (schedule.clean, *end)]
+    return Grid.through(schedule, *(torch.cat(pair) for pair in zip((time, alpha, sigma), last_point, strict=True)))
 
 
 def upstream_plan(sampler: Sampler, grid: Grid) -> Plan:
-    """The sampler's plan as upstream's: its DDPM with the large variance adds noise in a last step from t > 0 to the data."""
+    """The sampler's plan as upstream's: its DDPM adds noise in a last step from t > 0 to the data, with the large variance all
+    of it, with a learned one between that and 1e-20."""
     plan = sampler.plan(grid)
-    if isinstance(sampler, DDPM) and sampler.variance == "large" and float(grid.time[-1]) > 0:
-        rows = plan.rows.clone()
-        rows[-1, 2] = (1 - grid.alpha[-1].square()).sqrt()
+    if isinstance(sampler, DDPM) and sampler.variance != "small" and float(grid.time[-1]) > 0:
+        large, rows = 1 - grid.alpha[-1].square(), plan.rows.clone()
+        rows[-1, 2] = large.sqrt()
+        if plan.bounds is not None:
+            rows[-1, 2], bounds = 1.0, plan.bounds.clone()
+            bounds[-1] = torch.stack([torch.full_like(large, 1e-20), large]).log()
+            plan = plan._replace(bounds=bounds)
         plan = plan._replace(rows=rows)
     return plan

@@ -201,9 +201,11 @@ def trajectory(scheduler: Any, network: Callable[[Tensor, Tensor], Tensor], x: T
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     named = {"generator": generator} if takes_generator else {}
     scheduler.set_timesteps(steps)
-    states = [x * scheduler.init_noise_sigma]
+    # the schedulers of flows in diffusers have neither
+    scale: Callable[[Tensor, Tensor], Tensor] = getattr(scheduler, "scale_model_input", lambda x, t: x)
+    states = [x * getattr(scheduler, "init_noise_sigma", 1.0)]
     for t in scheduler.timesteps:
-        out = network(scheduler.scale_model_input(states[-1], t), t)
+        out = network(scale(states[-1], t), t)
         states.append(scheduler.step(out, t, states[-1], **named).prev_sample)
     return states
 

@@ -1,0 +1,826 @@
+"""Schedulers with diffusers' names, arguments and verbs, on our samplers: one line switches a pipeline.
+
+    pipe.scheduler = fastgen.interop.diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+
+Arguments, defaults, layouts of the steps and, with ``generator=``, the noise are those of diffusers 0.42.1, its errors included
+where results depend on them (see :mod:`fastgen.diffusion.upstream`): trajectories agree to float32. An argument whose other
+values are not supported raises a ValueError that names it. ``DDIMScheduler(exact_steps=True)`` steps to the next of its own
+times, where diffusers' DDIM steps back by a fixed stride and, with linspace and trailing spacing, misses it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastgen.diffusion.samplers import DDIM, DDPM, LMS, DPMSolver, Euler, EulerAncestral, Heun, Layout, Plan, Sampler, UniPC
+from fastgen.diffusion.schedules import Flow, Grid, karras_levels, target_rows
+from fastgen.interop.diffusers.config import recorded
+from fastgen.interop.diffusers.scheduler import ChainScheduler, Generators, Scheduler
+
+__all__ = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "UniPCMultistepScheduler",
+]
+
+_Betas = Sequence[float] | Tensor | None
+_Device = torch.device | str | None
+
+
+class _Stateless(ChainScheduler):
+    """DDPM and DDIM: a step depends on its time alone, and noise may be added at any time of the chain."""
+
+    by_counter: ClassVar[bool] = False
+    whole_times: ClassVar[bool] = True
+    finite_levels: ClassVar[bool] = False
+
+    def _clamp(self) -> float | None:
+        return self._arguments["clip_sample_range"] if self._arguments["clip_sample"] else None
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha x0 + sigma noise at ``timesteps`` [N], any of the chain's."""
+        return self._diffused(original_samples, noise, self._chain_rows(original_samples, timesteps))
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha noise - sigma x0 at ``timesteps`` [N], any of the chain's: the target of ``v_prediction``."""
+        return self._diffused(sample, noise, self._chain_rows(sample, timesteps, velocity=True))
+
+
+class DDPMScheduler(_Stateless):
+    """Ancestral sampling (Ho et al., 2020). Of the variances "learned" and "fixed_large_log" are not supported."""
+
+    layout = "index"
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: _Betas = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        if variance_type not in self._variances:
+            raise ValueError(f"variance_type must be one of {', '.join(self._variances)}, got {variance_type!r}")
+        self._build()
+
+    _variances: ClassVar[dict[str, str]] = {
+        "fixed_small": "small",
+        "fixed_small_log": "small",
+        "fixed_large": "large",
+        "learned_range": "learned",
+    }
+
+    def _sampler(self) -> Sampler:
+        return DDPM(self._variances[self._arguments["variance_type"]])  # type: ignore[arg-type]
+
+    def _draws(self, index: int) -> bool:
+        return self._list[index] > 0
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: _Device = None, timesteps: Sequence[int] | None = None
+    ) -> None:
+        """Lay out the steps: how many, or their times, falling."""
+        self._set_timesteps(num_inference_steps, device, timesteps)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """From ``timestep`` to the one before: ``prev_sample`` and ``pred_original_sample``."""
+        spread = None
+        if model_output.shape[1] == 2 * sample.shape[1] and self._arguments["variance_type"] == "learned_range":
+            model_output, spread = model_output.chunk(2, 1)
+        return self._step(
+            model_output,
+            timestep,
+            sample,
+            generator=generator,
+            clamp=self._clamp(),
+            log_variance=spread,
+            return_dict=return_dict,
+        )
+
+
+class DDIMScheduler(_Stateless):
+    """Implicit sampling (Song et al., 2021).
+
+    Args:
+        exact_steps: not in diffusers: step to the next of ``timesteps`` rather than back by ``num_train_timesteps //
+            num_inference_steps``, which misses it for linspace and trailing spacing. The rest is as in diffusers.
+    """
+
+    layout: Layout = "stride"
+    extras = ("exact_steps",)
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: _Betas = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+        exact_steps: bool = False,
+    ) -> None:
+        if exact_steps:
+            self.layout = "index"
+        self._build()
+        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+
+    def _end(self) -> tuple[float, float]:
+        bar = 1.0 if self._arguments["set_alpha_to_one"] else float(self._schedule.alphas_cumprod[0])
+        return math.sqrt(bar), math.sqrt(1 - bar)
+
+    def _sampler(self, eta: float, unclipped: bool) -> Sampler:
+        return DDIM(eta)
+
+    def _default_options(self) -> tuple[Any, ...]:
+        return 0.0, False
+
+    def _draws(self, index: int) -> bool:
+        return True
+
+    def _finished(self, rows: Tensor, plan: Plan, options: tuple[Any, ...]) -> Tensor:
+        if not options[1]:
+            return rows
+        # the direction is that of the noise as predicted, whatever clipping did to the estimate: the prediction stands in
+        # for a history of one
+        alpha, sigma = plan.alpha[:-1], plan.sigma[:-1]
+        a, b, c, d = self._target(alpha, sigma).unbind(1)
+        p, q, keep, signal, noise = rows.unbind(1)
+        amount = keep * sigma / (a * d - b * c)
+        return torch.stack([p, q, -c * amount, signal + keep * alpha, noise, a * amount], 1)
+
+    def set_timesteps(self, num_inference_steps: int, device: _Device = None) -> None:
+        """Lay out this many steps."""
+        self._set_timesteps(num_inference_steps, device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """From ``timestep`` to the one before: ``prev_sample`` and ``pred_original_sample``.
+
+        Args:
+            eta: 0 deterministic, 1 as much noise as DDPM.
+            use_clipped_model_output: whether clipping the estimate changes the direction of the step as well.
+            variance_noise: to use instead of a generator.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        if eta > 0 and variance_noise is not None and generator is not None:
+            raise ValueError("give generator or variance_noise, not both")
+        clamp = self._clamp()
+        limited = clamp is not None or self._arguments["thresholding"]
+        unclipped = limited and not use_clipped_model_output
+        return self._step(
+            model_output,
+            timestep,
+            sample,
+            options=(eta, unclipped),
+            generator=generator if eta > 0 else None,
+            noise=variance_noise if eta > 0 else None,
+            clamp=clamp,
+            beside=model_output if unclipped else None,
+            return_dict=return_dict,
+        )
+
+
+class _Levels(ChainScheduler):
+    """Schedulers of k-diffusion: samples are x / alpha = x0 + (sigma / alpha) eps."""
+
+    in_levels: ClassVar[bool] = True
+
+    @property
+    def init_noise_sigma(self) -> Tensor:
+        """Scale of the noise that sampling starts from."""
+        largest = self.sigmas.max()
+        return largest if self._arguments["timestep_spacing"] in ("linspace", "trailing") else (largest**2 + 1).sqrt()
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """alpha times the sample: what the network knows."""
+        assert timestep is not None or self._step_index is not None, "the first call needs the timestep"
+        return sample * self._scales[self._position(timestep)]  # type: ignore[arg-type]
+
+
+class EulerDiscreteScheduler(_Levels):
+    """Euler's method on the probability flow. Churn is not supported: diffusers adds its noise after the evaluation that should
+    see it; :class:`fastgen.diffusion.samplers.Euler` has it."""
+
+    narrow = True
+    unsupported = ("interpolation_type", "use_beta_sigmas", "timestep_type")
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: _Betas = None,
+        prediction_type: str = "epsilon",
+        interpolation_type: str = "linear",
+        use_karras_sigmas: bool | None = False,
+        use_exponential_sigmas: bool | None = False,
+        use_beta_sigmas: bool | None = False,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        timestep_spacing: str = "linspace",
+        timestep_type: str = "discrete",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        final_sigmas_type: str = "zero",
+    ) -> None:
+        self._build()
+
+    def _sampler(self) -> Sampler:
+        return Euler()
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: _Device = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Lay out the steps: how many, or their times, or their levels sigma / alpha and the last one's end; all falling."""
+        if sigmas is None:
+            self._set_timesteps(num_inference_steps, device, timesteps)
+        elif num_inference_steps is not None or timesteps is not None:
+            raise ValueError("give one of num_inference_steps, timesteps and sigmas")
+        else:
+            self._set_levels(torch.as_tensor(sigmas, dtype=torch.float64), device)
+
+    def _set_levels(self, ratio: Tensor, device: _Device) -> None:
+        if ratio.dim() != 1 or len(ratio) < 2 or not bool((ratio.diff() < 0).all()) or float(ratio[-1]) < 0:
+            raise ValueError(f"sigmas must be at least two levels, falling, none negative, got {ratio.tolist()}")
+        time = self._schedule.time(ratio.clamp(min=1e-10))
+        self._visit(Grid.through(self._schedule, time, *self._schedule.of_ratio(ratio)))
+        self._publish(self._times(), device)
+        self._level()
+        self.num_inference_steps = len(ratio) - 1
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generators | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The next step: ``prev_sample`` and ``pred_original_sample``. No noise is drawn."""
+        _no_churn(self, s_churn)
+        return self._step(model_output, timestep, sample, return_dict=return_dict)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha noise - sigma x0 at ``timesteps`` [N] of the scheduler's (diffusers 0.42.1 takes other times of the chain)."""
+        alpha, sigma = self._points()
+        none = torch.zeros_like(alpha)
+        table = torch.stack([-sigma, alpha, none, none], 1).to(sample.device, torch.float32)
+        return self._diffused(sample, noise, table[self._indices(timesteps.to(sample.device))])
+
+
+def _no_churn(scheduler: Scheduler, s_churn: float) -> None:
+    if s_churn:
+        raise ValueError(f"{type(scheduler).__name__} does not support s_churn={s_churn!r}, only s_churn=0.0")
+
+
+class EulerAncestralDiscreteScheduler(_Levels):
+    """Ancestral Euler."""
+
+    narrow = True
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: _Betas = None,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        self._build()
+
+    def _sampler(self) -> Sampler:
+        return EulerAncestral()
+
+    def _draws(self, index: int) -> bool:
+        return True
+
+    def set_timesteps(self, num_inference_steps: int, device: _Device = None) -> None:
+        """Lay out this many steps."""
+        self._set_timesteps(num_inference_steps, device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The next step: ``prev_sample`` and ``pred_original_sample``."""
+        return self._step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
+
+
+class HeunDiscreteScheduler(_Levels):
+    """Heun's method of second order: each time but the first comes twice in ``timesteps``."""
+
+    order = 2
+    unsupported = ("use_beta_sigmas",)
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "linear",
+        trained_betas: _Betas = None,
+        prediction_type: str = "epsilon",
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+    ) -> None:
+        self._build()
+
+    def _sampler(self) -> Sampler:
+        return Heun()
+
+    @staticmethod
+    def _twice(values: Tensor) -> Tensor:
+        return torch.cat([values[:1], values[1:].repeat_interleave(2)])
+
+    def _times(self) -> Tensor:
+        return self._twice(self._grid.time)
+
+    def _points(self) -> tuple[Tensor, Tensor]:
+        grid = self._grid
+        alpha, sigma = self._twice(grid.alpha), self._twice(grid.sigma)
+        return torch.cat([alpha, grid.next_alpha[-1:]]), torch.cat([sigma, grid.next_sigma[-1:]])
+
+    @property
+    def state_in_first_order(self) -> bool:
+        """Whether the next evaluation starts a step."""
+        return self._step_index is None or not (self._step_index - self._start) % 2
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: _Device = None,
+        num_train_timesteps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Lay out the steps: how many, or their times, falling. ``num_train_timesteps`` can only be the scheduler's own."""
+        if num_train_timesteps not in (None, self._arguments["num_train_timesteps"]):
+            raise ValueError(f"num_train_timesteps={num_train_timesteps} is not supported in set_timesteps")
+        self._set_timesteps(num_inference_steps, device, timesteps)
+
+    def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
+        """The next evaluation's step or correction: ``prev_sample`` and ``pred_original_sample``."""
+        given = self._arguments
+        clamp = given["clip_sample_range"] if given["clip_sample"] else None
+        return self._step(model_output, timestep, sample, clamp=clamp, return_dict=return_dict)
+
+
+class LMSDiscreteScheduler(_Levels):
+    """Linear multistep method on the slopes."""
+
+    unsupported = ("use_beta_sigmas",)
+    _order = 4
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: _Betas = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+    ) -> None:
+        self._build()
+
+    def _sampler(self, order: int) -> Sampler:
+        return LMS(order)
+
+    def _default_options(self) -> tuple[Any, ...]:
+        return (4,)
+
+    def set_timesteps(self, num_inference_steps: int, device: _Device = None) -> None:
+        """Lay out this many steps."""
+        self._set_timesteps(num_inference_steps, device)
+
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, order: int = 4, return_dict: bool = True
+    ) -> Any:
+        """The next step with up to ``order`` slopes, the same in all of a trajectory: ``prev_sample`` and
+        ``pred_original_sample``."""
+        begun = self._step_index is not None and self._step_index != self._start
+        if begun and order != self._order:
+            raise ValueError(f"order cannot change from {self._order} to {order} within a trajectory")
+        self._order = order
+        return self._step(model_output, timestep, sample, options=(order,), return_dict=return_dict)
+
+
+class _Solver(ChainScheduler):
+    """The multistep solvers on x0: whole times, and ``prev_sample`` alone."""
+
+    layout = "solver"
+    whole_times: ClassVar[bool] = True
+    gives_estimate: ClassVar[bool] = False
+
+    def _times(self) -> Tensor:
+        return self._grid.time.round() if self._rounds() else self._grid.time
+
+    def _rounds(self) -> bool:
+        """Whether times that belong to levels are rounded; else their fraction is cut off."""
+        return bool(self._arguments["use_karras_sigmas"])
+
+
+class DPMSolverMultistepScheduler(_Solver):
+    """DPM-Solver++ and its stochastic form, of order 1 or 2."""
+
+    narrow = True
+    noise_dtype = torch.float32
+    unsupported = (
+        "use_beta_sigmas",
+        "use_lu_lambdas",
+        "use_flow_sigmas",
+        "flow_shift",
+        "use_dynamic_shifting",
+        "time_shift_type",
+    )
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: _Betas = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint",
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        final_sigmas_type: str = "zero",
+        lambda_min_clipped: float = -float("inf"),
+        variance_type: str | None = None,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+    ) -> None:
+        if algorithm_type not in ("dpmsolver++", "sde-dpmsolver++"):
+            raise ValueError(f"algorithm_type must be 'dpmsolver++' or 'sde-dpmsolver++', got {algorithm_type!r}")
+        if solver_order not in (1, 2):
+            raise ValueError(f"solver_order must be 1 or 2, got {solver_order}")
+        # the names of other solvers' types mean the default, as upstream
+        self._solver_type = "heun" if solver_type == "heun" else "midpoint"
+        if solver_type not in ("midpoint", "heun", "logrho", "bh1", "bh2"):
+            raise ValueError(f"solver_type must be 'midpoint' or 'heun', got {solver_type!r}")
+        self._build()
+
+    @property
+    def _stochastic(self) -> bool:
+        return bool(self._arguments["algorithm_type"] == "sde-dpmsolver++")
+
+    def _sampler(self) -> Sampler:
+        return DPMSolver(self._arguments["solver_order"], self._stochastic, self._solver_type)  # type: ignore[arg-type]
+
+    def _plan(self, grid: Grid) -> Plan:
+        plan, given = super()._plan(grid), self._arguments
+        short = given["lower_order_final"] and len(self._grid.time) < 15
+        if plan.rows.shape[1] > 3 and (short or given["euler_at_final"]):
+            # the last step is of first order: what its second took from the estimate before goes back to its own
+            rows = plan.rows.clone()
+            rows[-1, 1] += rows[-1, 3]
+            rows[-1, 3] = 0
+            plan = plan._replace(rows=rows)
+        return plan
+
+    def _draws(self, index: int) -> bool:
+        return self._stochastic
+
+    def _rounds(self) -> bool:
+        return super()._rounds() and self._arguments["beta_schedule"] != "squaredcos_cap_v2"
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: _Device = None,
+        mu: float | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Lay out the steps: how many, or their times, falling."""
+        if mu is not None:
+            raise ValueError("mu is not supported: it needs use_dynamic_shifting=True")
+        bar = self._schedule.alphas_cumprod
+        level = 0.5 * (bar.log() - (1 - bar).log())
+        self._set_timesteps(
+            num_inference_steps, device, timesteps, longest=int((level >= self._arguments["lambda_min_clipped"]).sum())
+        )
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The next step: ``prev_sample``."""
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        if self._arguments["variance_type"] in ("learned", "learned_range"):
+            # samplers that have their own variance leave a learned one alone
+            model_output = model_output[:, : sample.shape[1]]
+        noise = variance_noise if self._stochastic else None
+        return self._step(model_output, timestep, sample, generator=generator, noise=noise, return_dict=return_dict)
+
+
+class UniPCMultistepScheduler(_Solver):
+    """Unified predictor-corrector, of order 1 to 3."""
+
+    unsupported = (
+        "predict_x0",
+        "lower_order_final",
+        "disable_corrector",
+        "solver_p",
+        "use_beta_sigmas",
+        "use_flow_sigmas",
+        "flow_shift",
+        "use_dynamic_shifting",
+        "time_shift_type",
+        "shift_terminal",
+    )
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: _Betas = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        predict_x0: bool = True,
+        solver_type: str = "bh2",
+        lower_order_final: bool = True,
+        disable_corrector: Sequence[int] = (),
+        solver_p: Any = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        final_sigmas_type: str = "zero",
+        rescale_betas_zero_snr: bool = False,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        shift_terminal: float | None = None,
+    ) -> None:
+        # the names of other solvers' types mean the default, as upstream
+        self._solver_type = "bh1" if solver_type == "bh1" else "bh2"
+        if solver_type not in ("bh1", "bh2", "midpoint", "heun", "logrho"):
+            raise ValueError(f"solver_type must be 'bh1' or 'bh2', got {solver_type!r}")
+        if final_sigmas_type != "zero" and (use_karras_sigmas or use_exponential_sigmas):
+            raise ValueError(f"final_sigmas_type={final_sigmas_type!r} ends karras and exponential levels with an empty step")
+        self._sampler()
+        self._build()
+
+    def _sampler(self) -> Sampler:
+        return UniPC(self._arguments["solver_order"], self._solver_type)  # type: ignore[arg-type]
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: _Device = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Lay out this many steps."""
+        if sigmas is not None or mu is not None:
+            raise ValueError("sigmas and mu are not supported: they need use_flow_sigmas=True")
+        self._set_timesteps(num_inference_steps, device)
+
+    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
+        """The next step: ``prev_sample``."""
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        return self._step(model_output, timestep, sample, return_dict=return_dict)
+
+
+class FlowMatchEulerDiscreteScheduler(Scheduler):
+    """Euler's method along a flow x = (1 - sigma) x0 + sigma eps, whose network predicts eps - x0.
+
+    Attributes:
+        sigmas: with the 0 at the end, on the device of ``timesteps`` = ``num_train_timesteps`` sigma.
+    """
+
+    narrow = True
+    gives_estimate = False
+    init_noise_sigma = 1.0
+    unsupported = ("invert_sigmas", "use_beta_sigmas", "stochastic_sampling")
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        invert_sigmas: bool = False,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        time_shift_type: str = "exponential",
+        stochastic_sampling: bool = False,
+    ) -> None:
+        if use_karras_sigmas and use_exponential_sigmas:
+            raise ValueError("only one of use_karras_sigmas and use_exponential_sigmas can be used")
+        if time_shift_type not in ("exponential", "linear"):
+            raise ValueError(f"time_shift_type must be 'exponential' or 'linear', got {time_shift_type!r}")
+        self._schedule = Flow()
+        self._shift = float(shift)
+        sigma = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64) / num_train_timesteps
+        self._take(sigma if use_dynamic_shifting else self._shifted(sigma, self._shift), None, None)
+        self.sigmas = self.sigmas[:-1]
+        self.sigma_min, self.sigma_max = float(self.sigmas[-1]), float(self.sigmas[0])
+
+    @property
+    def shift(self) -> float:
+        """s: sampling visits s sigma / (1 + (s - 1) sigma)."""
+        return self._shift
+
+    def set_shift(self, shift: float) -> None:
+        """Another shift, for the next :meth:`set_timesteps`."""
+        self._shift = float(shift)
+
+    @staticmethod
+    def _shifted(sigma: Tensor, shift: float) -> Tensor:
+        return shift * sigma / (1 + (shift - 1) * sigma)
+
+    def _sampler(self) -> Sampler:
+        return Euler()
+
+    def _target(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return target_rows("velocity", alpha, sigma)
+
+    def _take(self, sigma: Tensor, time: Tensor | None, device: _Device) -> None:
+        if sigma.dim() != 1 or not bool((sigma.diff() < 0).all()) or not 0 < float(sigma[-1]) <= float(sigma[0]) <= 1:
+            raise ValueError(f"sigmas must fall within (0, 1], got {sigma.tolist()}")
+        self._visit(self._schedule.grid(sigma.tolist()))
+        self._publish(sigma * self._arguments["num_train_timesteps"] if time is None else time, device)
+        self.sigmas = torch.cat([sigma, sigma.new_zeros(1)]).to(device, torch.float32)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: _Device = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Lay out the steps: how many, or their sigmas before the shift, falling; ``timesteps`` are what the network is told.
+
+        Args:
+            mu: with ``use_dynamic_shifting`` the logarithm of the shift; the shift itself if ``time_shift_type`` is "linear".
+        """
+        given = self._arguments
+        if given["use_dynamic_shifting"] and mu is None:
+            raise ValueError("use_dynamic_shifting=True needs mu")
+        lengths = {len(values) for values in (sigmas, timesteps) if values is not None}
+        lengths |= set() if num_inference_steps is None else {num_inference_steps}
+        if len(lengths) != 1:
+            raise ValueError("give num_inference_steps, or sigmas or timesteps of one length")
+        count, total = lengths.pop(), given["num_train_timesteps"]
+        told = None if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64)
+        if sigmas is not None:
+            sigma = torch.as_tensor(sigmas, dtype=torch.float64)
+        elif told is not None:
+            sigma = told / total
+        else:
+            sigma = torch.linspace(self.sigma_max, self.sigma_min, count, dtype=torch.float64)
+        shift = self._shift
+        if given["use_dynamic_shifting"]:
+            assert mu is not None
+            shift = math.exp(mu) if given["time_shift_type"] == "exponential" else mu
+        sigma = self._shifted(sigma, shift)
+        if given["shift_terminal"]:
+            sigma = 1 - (1 - sigma) * (1 - given["shift_terminal"]) / (1 - sigma[-1])
+        if given["use_karras_sigmas"]:
+            sigma = karras_levels(count, float(sigma[-1]), float(sigma[0]))
+        elif given["use_exponential_sigmas"]:
+            sigma = torch.linspace(math.log(float(sigma[0])), math.log(float(sigma[-1])), count, dtype=torch.float64).exp()
+        self._take(sigma.clamp(max=1.0), told, device)
+        self.num_inference_steps = count
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generators | None = None,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The next step: ``prev_sample``. No noise is drawn."""
+        _no_churn(self, s_churn)
+        if per_token_timesteps is not None:
+            raise ValueError("FlowMatchEulerDiscreteScheduler does not support per_token_timesteps")
+        return self._step(model_output, timestep, sample, return_dict=return_dict)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """(1 - sigma) sample + sigma noise at ``timestep`` [N] among the scheduler's."""
+        return self._noised(sample, timestep, noise)

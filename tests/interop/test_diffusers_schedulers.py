@@ -1,0 +1,483 @@
+"""Our schedulers beside diffusers' own: trajectories from the same generators, pipelines, configs, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+
+import pytest
+import torch
+
+from fastgen.diffusion.schedules import betas
+from fastgen.interop import diffusers as ours
+
+diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+
+STEPS = 50
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+V = {"prediction_type": "v_prediction"}
+X0 = {"prediction_type": "sample"}
+NAMES = [name for name in ours.__all__ if name.endswith("Scheduler")]
+CASES = [
+    ("DDPMScheduler", {}),
+    ("DDPMScheduler", {**V, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "clip_sample": False}),
+    ("DDPMScheduler", {**X0, "variance_type": "fixed_large", "beta_schedule": "sigmoid", "timestep_spacing": "linspace"}),
+    ("DDPMScheduler", {"variance_type": "fixed_large", "timestep_spacing": "trailing"}),
+    ("DDPMScheduler", {"variance_type": "fixed_small_log", "beta_schedule": "squaredcos_cap_v2", "clip_sample_range": 0.5}),
+    ("DDPMScheduler", {"thresholding": True, "sample_max_value": 1.5, "steps_offset": 1}),
+    ("DDIMScheduler", {}),
+    ("DDIMScheduler", {**SD, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    ("DDIMScheduler", {**V, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "clip_sample_range": 0.3}),
+    ("DDIMScheduler", {**X0, "timestep_spacing": "linspace", "beta_schedule": "squaredcos_cap_v2", "clip_sample_range": 0.3}),
+    ("DDIMScheduler", {"thresholding": True, "sample_max_value": 2.0}),
+    ("DDIMScheduler", {"trained_betas": [float(b) for b in betas("linear", 200, end=0.05)], "num_train_timesteps": 200}),
+    ("EulerDiscreteScheduler", {}),
+    ("EulerDiscreteScheduler", {**SD, **V, "timestep_spacing": "leading", "steps_offset": 1}),
+    ("EulerDiscreteScheduler", {**SD, **X0, "use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}),
+    ("EulerDiscreteScheduler", {**SD, "use_exponential_sigmas": True, "sigma_min": 0.05, "sigma_max": 12.0}),
+    ("EulerDiscreteScheduler", {**V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("EulerAncestralDiscreteScheduler", {**SD, **V, "timestep_spacing": "trailing"}),
+    ("HeunDiscreteScheduler", {}),
+    ("HeunDiscreteScheduler", {**SD, **V, "use_karras_sigmas": True}),
+    ("HeunDiscreteScheduler", {**X0, "clip_sample": True, "clip_sample_range": 0.3, "timestep_spacing": "trailing"}),
+    ("LMSDiscreteScheduler", {}),
+    ("LMSDiscreteScheduler", {**SD, **V, "use_karras_sigmas": True}),
+    ("LMSDiscreteScheduler", {**X0, "timestep_spacing": "leading", "steps_offset": 1}),
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {**SD, **V, "algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {**SD, "solver_order": 1, "timestep_spacing": "leading", "steps_offset": 1}),
+    ("DPMSolverMultistepScheduler", {**X0, "solver_type": "heun", "final_sigmas_type": "sigma_min", "euler_at_final": True}),
+    ("DPMSolverMultistepScheduler", {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "thresholding": True}),
+    ("DPMSolverMultistepScheduler", {**V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+    ("UniPCMultistepScheduler", {}),
+    ("UniPCMultistepScheduler", {**SD, **V, "solver_order": 3, "solver_type": "bh1", "use_karras_sigmas": True}),
+    ("UniPCMultistepScheduler", {**X0, "thresholding": True, "timestep_spacing": "trailing"}),
+    ("FlowMatchEulerDiscreteScheduler", {}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "shift_terminal": 0.1}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_exponential_sigmas": True}),
+]
+
+
+def both(name, **config):
+    return getattr(diffusers, name)(**config), getattr(ours, name)(**config)
+
+
+def start(seed=0):
+    return torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def widened(theirs, mine):
+    """Upstream's tables are float32; where they may be given in float64, its trajectories are exact."""
+    theirs.alphas_cumprod = mine._schedule.alphas_cumprod
+    if theirs.config.get("set_alpha_to_one") is False:
+        theirs.final_alpha_cumprod = theirs.alphas_cumprod[0]
+
+
+def network(scheduler):
+    """Depends on all it is given; where it predicts the noise, its estimate of the data stays small."""
+    weight = torch.randn(48, 48, generator=torch.Generator().manual_seed(3)) * 0.2
+    bars = getattr(scheduler, "alphas_cumprod", None)
+
+    def evaluate(x, t):
+        out = torch.tanh(x.flatten(1) @ weight.to(x.dtype) + torch.sin(torch.as_tensor(float(t)) / 200)).reshape(x.shape)
+        if scheduler.config.get("prediction_type") != "epsilon":
+            return out
+        bar = bars[round(float(t))].double()
+        return ((x.double() - bar.sqrt() * out.double()) / (1 - bar).sqrt()).to(x.dtype)
+
+    return evaluate
+
+
+def trajectory(scheduler, steps=STEPS, evaluate=None, x=None, times=None, generator=0, **options):
+    """States and estimates of a loop as pipelines write it."""
+    if "generator" in inspect.signature(scheduler.step).parameters and generator is not None:
+        options["generator"] = torch.Generator().manual_seed(generator) if isinstance(generator, int) else generator
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    evaluate = evaluate or network(scheduler)
+    x = start() if x is None else x
+    x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+    seen = []
+    for t in scheduler.timesteps if times is None else times:
+        shown = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        step = scheduler.step(evaluate(shown, t), t, x, **options)
+        x = step.prev_sample
+        seen += [shown, x]
+        if getattr(step, "pred_original_sample", None) is not None:
+            seen.append(step.pred_original_sample)
+    return seen
+
+
+def assert_alike(mine, other):
+    """To 1e-8 in float64; in float32 to what upstream's tables leave, in the scale of each tensor."""
+    assert len(mine) == len(other)
+    for a, b in zip(mine, other, strict=True):
+        assert a.dtype is b.dtype
+        tolerance = 1e-8 if b.dtype is torch.float64 else 2e-4
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=lambda value: value[:4] if isinstance(value, str) else "-".join(value))
+def test_trajectory(name, config):
+    theirs, mine = both(name, **config)
+    x = start()
+    if name in ("DDPMScheduler", "DDIMScheduler"):
+        widened(theirs, mine)
+        x = x.double()
+    expected = trajectory(theirs, x=x)
+    evaluate = network(theirs)
+    got = trajectory(mine, x=x, evaluate=evaluate)
+    torch.testing.assert_close(mine.timesteps, theirs.timesteps, rtol=1e-5, atol=1e-3)
+    if hasattr(theirs, "sigmas"):
+        torch.testing.assert_close(mine.sigmas, theirs.sigmas, rtol=1e-4, atol=1e-6)
+    if config.get("solver_type") == "bh1":
+        # upstream's last step with it, to sigma 0, gives NaN
+        assert expected.pop().isnan().all()
+        assert got.pop().isfinite().all()
+    assert_alike(got, expected)
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_ddim_with_eta(eta, clipped):
+    theirs, mine = both("DDIMScheduler", clip_sample_range=0.4)
+    widened(theirs, mine)
+    options = {"eta": eta, "use_clipped_model_output": clipped, "x": start().double()}
+    expected, evaluate = trajectory(theirs, **options), network(theirs)
+    assert_alike(trajectory(mine, evaluate=evaluate, **options), expected)
+
+
+def test_generators_of_samples_and_injected_noise():
+    theirs, mine = both("DDPMScheduler")
+    widened(theirs, mine)
+    x = start().double()
+    many = [[torch.Generator().manual_seed(i) for i in range(4)] for _ in range(2)]
+    evaluate = network(theirs)
+    expected = trajectory(theirs, 5, evaluate, x, generator=many[0])
+    assert_alike(trajectory(mine, 5, evaluate, x, generator=many[1]), expected)
+    theirs, mine = both("DDIMScheduler")
+    widened(theirs, mine)
+    noise = start(9).double()
+    expected = trajectory(theirs, 5, evaluate, x, generator=None, eta=0.6, variance_noise=noise)
+    assert_alike(trajectory(mine, 5, evaluate, x, generator=None, eta=0.6, variance_noise=noise), expected)
+
+
+def test_learned_variance():
+    theirs, mine = both("DDPMScheduler", variance_type="learned_range", timestep_spacing="trailing", steps_offset=0)
+    widened(theirs, mine)
+    base = network(theirs)
+
+    def evaluate(x, t):
+        return torch.cat([base(x, t), torch.tanh(x)], 1)
+
+    x = start().double()
+    assert_alike(trajectory(mine, x=x, evaluate=evaluate), trajectory(theirs, x=x, evaluate=evaluate))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_starting_in_the_middle(name):
+    """Image to image: the steps from the 20th on, the first with no past."""
+    theirs, mine = both(name)
+    x = 0.3 * start()
+    if name in ("DDPMScheduler", "DDIMScheduler"):
+        widened(theirs, mine)
+        x = x.double()
+    evaluate = network(theirs)
+    pair = []
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(30)
+        times = scheduler.timesteps[20 * scheduler.order :]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(20 * scheduler.order)
+        pair.append(trajectory(scheduler, None, evaluate, x / getattr(scheduler, "init_noise_sigma", 1.0), times))
+    if name == "LMSDiscreteScheduler":
+        # upstream weighs slopes that it does not have: its first step is not Euler's
+        euler = ours.EulerDiscreteScheduler()
+        euler.set_timesteps(30)
+        euler.set_begin_index(20)
+        pair[0] = trajectory(euler, None, evaluate, x / euler.init_noise_sigma, times[:1])
+        pair[1] = pair[1][:3]
+    assert_alike(*pair)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_noise_of_the_schedulers_times(name):
+    theirs, mine = both(name)
+    x, noise = start(1), start(2)
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(10)
+    verb = "scale_noise" if name.startswith("Flow") else "add_noise"
+    times = mine.timesteps[[0, 3, 3, 7]]
+    got = getattr(mine, verb)(x, times, noise) if verb == "scale_noise" else mine.add_noise(x, noise, times)
+    same = theirs.timesteps[[0, 3, 3, 7]]
+    expected = theirs.scale_noise(x, same, noise) if verb == "scale_noise" else theirs.add_noise(x, noise, same)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+def test_training_verbs(name):
+    theirs, mine = both(name, **SD)
+    x, noise, times = start(1), start(2), torch.tensor([0, 17, 500, 999])
+    torch.testing.assert_close(mine.add_noise(x, noise, times), theirs.add_noise(x, noise, times), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine.get_velocity(x, noise, times), theirs.get_velocity(x, noise, times), rtol=1e-5, atol=1e-5)
+    for attribute in ("betas", "alphas", "alphas_cumprod"):
+        torch.testing.assert_close(getattr(mine, attribute), getattr(theirs, attribute), rtol=1e-5, atol=1e-7)
+    assert len(mine) == len(theirs) == 1000
+
+
+def test_custom_times_and_levels():
+    theirs, mine = both("DDPMScheduler")
+    widened(theirs, mine)
+    evaluate, x = network(theirs), start().double()
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(timesteps=[900, 500, 20, 3])
+    assert_alike(trajectory(mine, None, evaluate, x), trajectory(theirs, None, evaluate, x))
+    theirs, mine = both("EulerDiscreteScheduler")
+    for option in ({"timesteps": [900, 500, 20.5]}, {"sigmas": [9.0, 2.0, 0.5, 0.0]}):
+        for scheduler in (theirs, mine):
+            scheduler.set_timesteps(**option)
+        torch.testing.assert_close(mine.timesteps, theirs.timesteps, rtol=1e-5, atol=1e-3)
+        assert_alike(trajectory(mine, None, evaluate), trajectory(theirs, None, evaluate))
+    theirs, mine = both("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True)
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(sigmas=[1.0, 0.6, 0.2], mu=0.8)
+    assert_alike(trajectory(mine, None), trajectory(theirs, None))
+
+
+def test_exact_steps_go_to_the_next_time():
+    """diffusers' DDIM steps past the next of its own times; a network that knows the noise shows whose states are right."""
+    data, evaluations = start(5), {}
+    for exact in (False, True):
+        scheduler = ours.DDIMScheduler(timestep_spacing="trailing", clip_sample=False, exact_steps=exact)
+        scheduler.set_timesteps(30)
+        bars = scheduler.alphas_cumprod.double()
+        noise = start(6)
+        x = (bars[999].sqrt() * data + (1 - bars[999]).sqrt() * noise).float()
+        errors = []
+        for t in scheduler.timesteps:
+            truth = (bars[t].sqrt() * data + (1 - bars[t]).sqrt() * noise).float()
+            errors.append((x - truth).abs().max().item())
+            x = scheduler.step(noise, t, x).prev_sample
+        evaluations[exact] = max(errors)
+        assert ((x - data).abs().max() < 1e-3) == exact
+    assert evaluations[True] < 1e-4 < 1e-3 < evaluations[False]
+
+
+def unet():
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()
+
+
+@pytest.mark.parametrize("name", ["DDPM", "DDIM"])
+def test_pipeline(name):
+    pipe = getattr(diffusers, f"{name}Pipeline")(unet(), getattr(diffusers, f"{name}Scheduler")())
+    pipe.set_progress_bar_config(disable=True)
+
+    def run():
+        options = {"eta": 0.5} if name == "DDIM" else {}
+        generator = torch.Generator().manual_seed(3)
+        return torch.as_tensor(
+            pipe(batch_size=2, generator=generator, num_inference_steps=10, output_type="np", **options).images
+        )
+
+    theirs = run()
+    pipe.scheduler = getattr(ours, f"{name}Scheduler").from_config(pipe.scheduler.config)
+    torch.testing.assert_close(run(), theirs, rtol=1e-5, atol=1e-5)
+    # and a pipeline that is made with ours
+    assert type(diffusers.DDPMPipeline(unet(), pipe.scheduler).scheduler) is type(pipe.scheduler)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signatures_are_those_of_diffusers(name):
+    theirs, mine = getattr(diffusers, name), getattr(ours, name)
+    extra = set(inspect.signature(mine).parameters) - set(inspect.signature(theirs).parameters)
+    assert extra == set(mine.extras)
+    for key, parameter in inspect.signature(theirs).parameters.items():
+        other = inspect.signature(mine).parameters[key].default
+        assert (tuple(other) == tuple(parameter.default)) if key == "disable_corrector" else other == parameter.default
+    for verb in ("set_timesteps", "step"):
+        assert list(inspect.signature(getattr(mine, verb)).parameters) == list(
+            inspect.signature(getattr(theirs, verb)).parameters
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configs_go_both_ways(name, tmp_path):
+    theirs, mine = getattr(diffusers, name), getattr(ours, name)
+    given = {"num_train_timesteps": 500} if name.startswith("Flow") else {**SD, "num_train_timesteps": 500}
+    there = theirs(**given)
+    here = mine.from_config(there.config)
+    back = theirs.from_config(here.config)
+    for key, value in there.config.items():
+        if not key.startswith("_"):
+            assert here.config[key] == getattr(here.config, key) == here.config.get(key)
+            assert back.config[key] == value or not value
+            assert here.config[key] == value or not value
+    here.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"] == name
+    assert dict(theirs.from_pretrained(tmp_path).config)["num_train_timesteps"] == 500
+    there.save_pretrained(tmp_path / "scheduler")
+    loaded = mine.from_pretrained(tmp_path, subfolder="scheduler")
+    assert loaded.config.num_train_timesteps == 500
+    assert torch.equal(loaded.timesteps, here.timesteps)
+    twin = copy.deepcopy(loaded)
+    assert twin.config == loaded.config
+    assert twin.index_for_timestep(twin.timesteps[3]) == 3
+
+
+def test_configs_between_classes():
+    """As upstream: defaults are not carried over, what a class does not take waits for one that does."""
+    ddpm = diffusers.DDPMScheduler(clip_sample=True, variance_type="fixed_large", num_train_timesteps=400)
+    euler = ours.EulerDiscreteScheduler.from_config(ddpm.config)
+    assert euler.config.variance_type == "fixed_large"
+    heun = ours.HeunDiscreteScheduler.from_config(euler.config, use_karras_sigmas=True)
+    assert heun.config.beta_start == 0.00085  # its own default, not DDPM's
+    assert ours.DDPMScheduler.from_config(heun.config).config.variance_type == "fixed_large"
+    assert {cls.__name__ for cls in euler.compatibles} == set(NAMES) - {"FlowMatchEulerDiscreteScheduler"}
+    made, unused = ours.DDIMScheduler.from_config({"beta_end": 0.03, "novel": 1}, return_unused_kwargs=True)
+    assert made.config.beta_end == 0.03
+    assert unused == {"novel": 1}
+
+
+def test_output_and_fresh_tensors():
+    scheduler = ours.DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(4)
+    x, kept = start(), []
+    for t in scheduler.timesteps:
+        before = x.clone()
+        (after,) = scheduler.step(torch.zeros_like(x), t, x, return_dict=False)
+        assert torch.equal(x, before)
+        kept.append((after, after.clone()))
+        x = after
+    assert all(torch.equal(a, b) for a, b in kept)
+    assert scheduler.step_index == 4
+    ddim = ours.DDIMScheduler()
+    ddim.set_timesteps(4)
+    out = ddim.step(torch.zeros_like(x), ddim.timesteps[0], x)
+    assert out["prev_sample"] is out[0] is out.prev_sample
+    assert out["pred_original_sample"] is out[1]
+
+
+def test_estimates_are_made_when_asked_for():
+    scheduler = ours.DDIMScheduler(clip_sample_range=0.5)
+    scheduler.set_timesteps(4)
+    x, t, out = start(), scheduler.timesteps[1], start(2)
+    eager = scheduler.step(out, t, x, return_dict=False)[1]
+    later = [scheduler.step(out, t, x) for _ in range(2)]
+    torch.testing.assert_close(later[0].pred_original_sample, eager, rtol=0, atol=0)
+    x.add_(1)
+    assert torch.equal(later[0].pred_original_sample, eager)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        _ = later[1].pred_original_sample
+    with torch.inference_mode():
+        x = start()
+        kept = scheduler.step(out, t, x)
+        x.add_(1)
+    assert torch.equal(kept.pred_original_sample, eager)
+
+
+def test_noise_without_a_generator_follows_the_global_seed():
+    scheduler = ours.DDPMScheduler()
+    scheduler.set_timesteps(3)
+    x = start()
+
+    def noised():
+        return scheduler.step(torch.zeros_like(x), scheduler.timesteps[0], x).prev_sample
+
+    torch.manual_seed(0)
+    first, second = noised(), noised()
+    torch.manual_seed(0)
+    assert torch.equal(noised(), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "UniPCMultistepScheduler", "DDPMScheduler"])
+def test_half_precision(name):
+    theirs, mine = both(name)
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(5)
+    x = start()
+    for kind in (torch.bfloat16, torch.float16):
+        for scheduler in (theirs, mine):
+            scheduler.set_timesteps(5)
+        t, out = mine.timesteps[0], start(3).to(kind)
+        generator = {"generator": torch.Generator().manual_seed(0)} if name.startswith("DDPM") else {}
+        got = mine.step(out, t, x.to(kind), **generator).prev_sample
+        generator = {"generator": torch.Generator().manual_seed(0)} if generator else {}
+        expected = theirs.step(out, t, x.to(kind), **generator).prev_sample
+        assert got.dtype is expected.dtype is kind
+        torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas=True"),
+        ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, "interpolation_type='log_linear'"),
+        ("DDPMScheduler", {"variance_type": "learned"}, "variance_type must be one of"),
+        ("DDPMScheduler", {"beta_schedule": "laplace"}, "beta_schedule must be one of"),
+        ("DDIMScheduler", {"prediction_type": "noise"}, "prediction_type must be one of"),
+        ("DDIMScheduler", {"timestep_spacing": "random"}, "timestep_spacing must be one of"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order must be 1 or 2"),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas=True"),
+        ("UniPCMultistepScheduler", {"disable_corrector": [0]}, r"disable_corrector=\[0\]"),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "stochastic_sampling=True"),
+    ],
+)
+def test_unsupported_arguments_are_named(name, config, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(ours, name)(**config)
+
+
+def test_errors(tmp_path):
+    x = start()
+    ddim = ours.DDIMScheduler()
+    with pytest.raises(ValueError, match="call set_timesteps"):
+        ddim.step(x, 999, x)
+    with pytest.raises(ValueError, match=r"1 \.\. 1000, got 1001"):
+        ddim.set_timesteps(1001)
+    ddim.set_timesteps(10)
+    with pytest.raises(ValueError, match="timestep 5 is not one"):
+        ddim.step(x, 5, x)
+    with pytest.raises(ValueError, match="predict v or x0"):
+        ours.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing").set_timesteps(10)
+    euler = ours.EulerDiscreteScheduler()
+    euler.set_timesteps(2)
+    with pytest.raises(ValueError, match="may be an index"):
+        euler.step(x, 0, x)
+    with pytest.raises(ValueError, match="s_churn=1"):
+        euler.step(x, euler.timesteps[0], x, s_churn=1)
+    for t in euler.timesteps:
+        euler.step(x, t, x)
+    with pytest.raises(ValueError, match="all 2 steps have been taken"):
+        euler.step(x, euler.timesteps[0], x)
+    with pytest.raises(ValueError, match="timesteps must be among"):
+        euler.set_timesteps(2) or euler.add_noise(x, x, torch.tensor([5.0] * 4))
+    with pytest.raises(TypeError, match="does not change"):
+        ddim.config["beta_end"] = 1.0
+    with pytest.raises(FileNotFoundError, match="only local folders"):
+        ours.DDIMScheduler.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parity_finds_them(name, tmp_path):
+    """``fastgen parity diffusers`` compares these classes, flows included."""
+    from fastgen.interop.diffusers.parity import load_schedulers, trajectory
+
+    getattr(diffusers, name)().save_pretrained(tmp_path / "scheduler")
+    theirs, mine = load_schedulers(tmp_path)
+    assert type(mine) is getattr(ours, name)
+    expected, got = (trajectory(s, lambda x, t: 0.1 * torch.tanh(x), start(), 6, 0) for s in (theirs, mine))
+    assert_alike(got, expected)
