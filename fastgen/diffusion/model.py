@@ -139,6 +139,8 @@ class DiffusionModel(Model):
     target: Target
     network: nn.Module
     learned_variance: bool = False
+    evaluations: int = 0
+    """How often :meth:`sample` has asked the network so far, a batch at a time."""
     _last: tuple[tuple[object, ...], Plan, Table] | None = None
 
     def __init__(self, config: DiffusionConfig) -> None:
@@ -315,6 +317,7 @@ class DiffusionModel(Model):
         def network(x: Tensor, time: Tensor) -> Tensor:
             return evaluate(x, time, labels=classes)
 
+        self.evaluations += len(table.time)
         x = run(network, x, table, key, guidance=guidance, clamp=limit, noise=noise, adjust=adjust, callback=callback)
         return self.decode_range(x)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import operator
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -157,10 +158,14 @@ def sample(
 
 
 def _run(batches: Iterator[tuple[Sequence[int], Tensor]], writer: Writer, bar: Any, model: Model) -> None:
+    begin, asked = time.perf_counter(), getattr(model, "evaluations", None)
     for ids, x in batches:
         if tuple(x.shape) != (len(ids), *model.event_shape):
             raise ValueError(
                 f"{type(model).__name__}.sample gave shape {tuple(x.shape)}, expected {(len(ids), *model.event_shape)}"
             )
         writer.add(ids, x)
+        if asked is not None:
+            rate = (cast(Any, model).evaluations - asked) / (time.perf_counter() - begin)
+            bar.set_postfix_str(f"{rate:,.1f} evaluations/s", refresh=False)
         bar.update(len(ids))

@@ -280,3 +280,10 @@ def test_copies_for_inference(inference, largest):
     assert model.inference_error(inference) < largest
     with pytest.raises(ValueError, match="inference must be one of plain, packed, bfloat16, compiled, got 'int8'"):
         model.sample(1, inference="int8")
+
+
+def test_progress_counts_evaluations(capsys):
+    model = make("ddpm", (2,))
+    fastgen.sample(model, 6, batch_size=3, steps=4, progress=True)
+    assert model.evaluations == 8
+    assert "evaluations/s" in capsys.readouterr().err
