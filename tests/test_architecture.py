@@ -29,7 +29,7 @@ ALLOWED = {
     "sampling": {"registry", "nn", "ops", "random", "data", "training"},
     "metrics": {"registry", "nn", "ops", "random", "data", "sampling", "training"},
     "interop": {"registry", "nn", "ops", "random", "data", *FAMILIES},
-    "cli": {"registry", "nn", "ops", "random", "data", "sampling", "training", "metrics", "autoencoders", "interop"},
+    "cli": {"registry", "nn", "ops", "random", "data", "sampling", "training", "metrics", "autoencoders", "diffusion", "interop"},
     "__init__": set(),
     "__main__": {"cli"},
 }

@@ -14,6 +14,8 @@ from fastgen.cli import show
 from fastgen.cli.evaluate import show_scores
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from fastgen.data import Source
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 _PICTURES = 10  # rows and columns of the sample and reconstruction grids
-_FLOW: dict[str, Any] = {"widths": (16, 32, 64), "attention_levels": (), "layers": 1, "learning_rate": 2e-3}
 
 
 def _load_data() -> tuple[Source, Source]:
@@ -35,17 +36,16 @@ def _load_data() -> tuple[Source, Source]:
         return data.load("glyphs", split="train"), data.load("glyphs", split="test")
 
 
-def _train(title: str, name: str, source: Source, out: Path, *, steps: int, ema: float = 0.998, **config: Any) -> Model:
+def _train(title: str, make: Callable[[], Model], source: Source, out: Path, *, steps: int) -> Model:
     import torch
 
     import fastgen
 
     show.heading(title)
     torch.manual_seed(0)  # the weights to start from
-    model = fastgen.create(name, event_shape=source.event_shape, **config)
     if (out / "config.json").is_file():  # an earlier demo's run
         shutil.rmtree(out)
-    result = fastgen.fit(model, source, steps=steps, batch_size=64, seed=0, out=out, ema=ema, sample_every=0)
+    result = fastgen.fit(make(), source, steps=steps, batch_size=64, seed=0, out=out, ema=0.998, sample_every=0)
     for note in result.notes:
         show.line(f"note: {note}")
     if result.interrupted:
@@ -69,7 +69,7 @@ def _reconstructions(model: Any, source: Source) -> Tensor:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the pictures and the two runs go.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the pictures and the runs go.")] = Path("runs/demo"),
     fast: Annotated[bool, typer.Option("--fast", help="A few steps only: seconds, and blurry pictures.")] = False,
 ) -> None:
     """Train, sample, score and draw real digits.
@@ -77,29 +77,26 @@ def demo(
     About two minutes on two CPU cores; says where the pictures are.
     """
     import fastgen
+    from fastgen.diffusion.latent_diffusion import LatentDiffusion
     from fastgen.sampling import images
     from fastgen.sampling.latent import manifold
 
     begin = time.perf_counter()
     train, test = _load_data()
-    model = _train(
-        f"Training vae on {train.name}: {len(train):,} images",
-        "vae",
+    shape, classes = train.event_shape, train.num_classes or 1
+
+    def vae(latent: int) -> Callable[[], Model]:
+        return lambda: fastgen.create("vae", event_shape=shape, latent=latent)
+
+    title = f"Training vae on {train.name}: {len(train):,} images"
+    model = _train(title, vae(16), train, out / "vae", steps=60 if fast else 1800)
+    flat = _train("Training vae with a 2-D latent space", vae(2), train, out / "vae-2d", steps=60 if fast else 1200)
+    diffusion = _train(
+        "Training a diffusion of the first vae's latents, told the classes",
+        lambda: LatentDiffusion.over(model, "vae", num_classes=classes, learning_rate=1e-3, layers=3),
         train,
-        out / "vae",
-        steps=60 if fast else 1800,
-        latent=8,
-    )
-    flat = _train("Training vae with a 2-D latent space", "vae", train, out / "vae-2d", steps=60 if fast else 1200, latent=2)
-    flow = _train(
-        "Training flow_matching, told the classes",
-        "flow_matching",
-        train,
-        out / "flow_matching",
-        steps=5 if fast else 300,
-        ema=0.98,
-        num_classes=train.num_classes,
-        **_FLOW,
+        out / "latent_diffusion",
+        steps=60 if fast else 2500,
     )
 
     count = 1_000 if fast else 10_000
@@ -108,25 +105,17 @@ def demo(
     rate = count / (time.perf_counter() - started)
     show.line()
     show.line(f"Drew {count:,} images: {rate:,.0f} images/s")
-    classes = train.num_classes or 1
+    options: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 30, "guidance": 2.0, "labels": tuple(range(classes))}
     started = time.perf_counter()
-    guided = fastgen.sample(
-        flow,
-        classes * _PICTURES,
-        batch_size=100,
-        steps=20,
-        guidance=2.0,
-        labels=tuple(range(classes)),
-        progress=sys.stderr.isatty(),
-    )
+    guided = fastgen.sample(diffusion, 100 * classes, batch_size=500, progress=sys.stderr.isatty(), **options)
     rate = len(guided) / (time.perf_counter() - started)
-    show.line(f"Drew {len(guided)} images by 20 steps of guided flow matching: {rate:,.0f} images/s")
+    show.line(f"Drew {len(guided):,} images of given classes by diffusion, 30 steps: {rate:,.0f} images/s")
     scores = fastgen.evaluate(model, test, importance_samples=64, batch_size=100, progress=sys.stderr.isatty())
     show_scores(scores)
 
     pictures = {
         "samples.png": (samples[: _PICTURES**2], "samples of the VAE from its prior"),
-        "classes.png": (guided, "samples of flow matching, a column for each class"),
+        "classes.png": (guided[: _PICTURES * classes], "samples of the diffusion, a column for each class"),
         "reconstructions.png": (_reconstructions(model, test), "test images, each above its reconstruction"),
         "manifold.png": (manifold(flat, 20).cpu(), "the 2-D latent space, decoded on a grid"),
     }

