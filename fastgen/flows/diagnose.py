@@ -70,11 +70,19 @@ def _watched(transform: Bijection, seen: Callable[[str, Bijection, Tensor, Tenso
         if isinstance(module, Bijection) and not any(isinstance(m, Bijection) for m in module.modules() if m is not module)
     ]
 
+    busy: set[str] = set()  # an inverse that is found by search calls its own layer
+
     def watch(name: str, layer: Bijection, method: str) -> None:
         run = getattr(layer, method)
 
         def watched(x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            y, ladj = run(x, context)
+            if name in busy:
+                return run(x, context)
+            busy.add(name)
+            try:
+                y, ladj = run(x, context)
+            finally:
+                busy.remove(name)
             seen(name, layer, x, y, ladj, method == "inv_and_ladj")
             return y, ladj
 
