@@ -36,7 +36,7 @@ def assert_close(got, expected, precision):
 
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
-@pytest.mark.parametrize("case", FLOWS)
+@pytest.mark.parametrize("case", [case for case in FLOWS if FLOWS[case][0] not in ("cnf", "residual_flow")])  # these refuse it
 def test_gradients_are_those_of_plain_autograd(case, dtype):
     plain, rebuilt = make(case, dtype), make(case, dtype, memory="invertible")
     x, context = draw(plain, 20)
