@@ -254,6 +254,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
         leaves = [v if v is None else v.detach().requires_grad_() for v in found]
         causes = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
         refuse = torch._C._functions.DelayedError(message, len(leaves) + len(causes))
-        return refuse(*leaves, *causes)[: len(leaves)]  # type: ignore[arg-type]
+        refused = refuse(*leaves, *causes)  # type: ignore[arg-type]
+        return refused[: len(leaves)] if isinstance(refused, tuple) else refused  # a single one comes bare
 
     return wrapper

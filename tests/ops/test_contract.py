@@ -225,6 +225,17 @@ def test_second_gradients_match_reference(spec, backend, folder):
     check()
 
 
+@pytest.mark.parametrize("spec", [s for s in SPECS.values() if s.gradients and not s.double_backward], ids=lambda s: s.name)
+def test_second_derivative_is_right_or_refused(spec):
+    """Never zero in silence, although the incoming gradient is a constant."""
+    inputs = default_inputs(spec, rows=3, event=(5,))
+    leaves = {n: inputs[n].detach().clone().requires_grad_() for n in spec.gradients if inputs.get(n) is not None}
+    outputs = [o for o in spec.outputs_of(spec.function(**{**inputs, **leaves})).values() if o.requires_grad]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(o) for o in outputs], create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        sum(g.sum() for g in grads).backward()
+
+
 class _RawCalls(TorchDispatchMode):
     """Collects the calls of fastgen's registered operators."""
 
