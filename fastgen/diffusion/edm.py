@@ -101,6 +101,6 @@ class EDM(DiffusionModel):
         rows = self.rows(torch.ones_like(sigma), sigma)
         return DiffusionLoss(self.denoising_loss(self.encode_range(x), sigma, rows, key, labels=labels).mean())
 
-    def log_prob(self, x: Tensor, **options: Any) -> Tensor:
+    def log_prob(self, x: Tensor, *, key: Tensor | None = None, **options: Any) -> Tensor:
         """log p(x) in nats, [N]: :func:`fastgen.diffusion.likelihood.probability_flow_log_prob` with its options."""
-        return probability_flow_log_prob(self, x, **options)
+        return probability_flow_log_prob(self, x, key=key, **options)

@@ -97,6 +97,6 @@ class ScoreSDE(DiffusionModel):
         labels = self.training_labels(y, u)
         return DiffusionLoss(self.denoising_loss(self.encode_range(x), self.time_scale * t, rows, key, labels=labels).mean())
 
-    def log_prob(self, x: Tensor, **options: Any) -> Tensor:
+    def log_prob(self, x: Tensor, *, key: Tensor | None = None, **options: Any) -> Tensor:
         """log p(x) in nats, [N]: :func:`fastgen.diffusion.likelihood.probability_flow_log_prob` with its options."""
-        return probability_flow_log_prob(self, x, **options)
+        return probability_flow_log_prob(self, x, key=key, **options)

@@ -99,6 +99,18 @@ def test_images_are_dequantised():
     assert torch.equal(found, model.log_prob(torch.full((2, 1, 2, 2), 0.5), key=random.key(0)))
 
 
+@pytest.mark.parametrize("name", ["score_sde", "edm"])
+def test_evaluate_draws_by_its_seed(name):
+    """The same score twice: dequantisation and probes come from the seed."""
+    model = fastgen.create(name, event_shape=(2,), width=8, layers=1)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    scores = [
+        fastgen.evaluate(model, torch.randn(6, 2, generator=torch.Generator().manual_seed(0)), batch_size=6) for _ in "ab"
+    ]
+    assert scores[0] == scores[1]
+
+
 def test_errors():
     model = fastgen.create("score_sde", event_shape=(2,), width=8)
     with pytest.raises(ValueError, match="trace must be 'hutchinson' or 'exact', got 'none'"):
