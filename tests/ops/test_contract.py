@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-import os
 
 import pytest
 import torch
@@ -57,22 +56,13 @@ def _poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("harness")
-
-
 @contextlib.contextmanager
-def running(backend: str, folder):
+def running(backend: str, shared_folder):
     """Within the block, ops take this backend; "cpp:ISA" forces an instruction set."""
     name, _, isa = backend.partition(":")
     if isa == "neon" and "neon" not in _native.available_isas():
-        reason = emulation.neon_reason()
-        if reason:
-            if os.environ.get("FASTGEN_REQUIRE_NEON") == "1":
-                pytest.fail(reason)
-            pytest.skip(reason)
-        _native.add_table("neon", emulation.neon(folder).table())
+        emulation.require_neon()
+        _native.add_table("neon", emulation.compiled("neon", shared_folder).table())
     with use_backend(name), _native.use_isa(isa) if isa else contextlib.nullcontext():
         yield
 
@@ -131,7 +121,7 @@ def with_gradients(function, inputs, names, outputs_of, seed):
 
 
 @every_backend
-def test_matches_reference(spec, backend, folder):
+def test_matches_reference(spec, backend, shared_folder):
     @settings(max_examples=examples_for(backend))
     @given(calls(spec))
     def check(call):
@@ -139,7 +129,7 @@ def test_matches_reference(spec, backend, folder):
         inputs = inputs_for(spec, rows, event, dtype, seed, flags)
         expected, wide = truth(spec, inputs)
         fast = flags.get("math") == "fast"
-        with running(backend, folder):
+        with running(backend, shared_folder):
             results, grads, weights = with_gradients(spec.function, inputs, spec.gradients, spec.outputs_of, seed)
         for name, precision in spec.precisions(len(results)).items():
             assert error(results[name], expected[name], "fast" if fast and precision == "exact" else precision) <= 1, name
@@ -152,7 +142,7 @@ def test_matches_reference(spec, backend, folder):
             assert grads[name].dtype is inputs[name].dtype
             assert error(grads[name], gradient, spec.gradient_precision) <= 1, f"gradient of {name}"
 
-    with running(backend, folder):  # skips before hypothesis starts
+    with running(backend, shared_folder):  # skips before hypothesis starts
         pass
     check()
 
@@ -207,20 +197,20 @@ def second_gradients(function, inputs, names, outputs_of, seed):
 
 
 @every_backend_twice
-def test_second_gradients_match_reference(spec, backend, folder):
+def test_second_gradients_match_reference(spec, backend, shared_folder):
     @settings(max_examples=examples_for(backend))
     @given(calls(spec))
     def check(call):
         rows, event, dtype, seed, flags = call
         inputs = inputs_for(spec, rows, event, dtype, seed, flags)
         _, wide = truth(spec, inputs)
-        with running(backend, folder):
+        with running(backend, shared_folder):
             results = second_gradients(spec.function, inputs, spec.gradients, spec.outputs_of, seed)
         exact = second_gradients(spec.reference, wide, spec.gradients, spec.outputs_of, seed)
         for name, value in exact.items():
             assert error(results[name], value, spec.gradient_precision) <= 1, name
 
-    with running(backend, folder):  # skips before hypothesis starts
+    with running(backend, shared_folder):  # skips before hypothesis starts
         pass
     check()
 
@@ -250,11 +240,11 @@ class _RawCalls(TorchDispatchMode):
 
 
 @every_backend
-def test_opcheck(spec, backend, folder):
+def test_opcheck(spec, backend, shared_folder):
     if _native.missing() and backend != "triton":
         return
     recorder = _RawCalls()
-    with running(backend, folder), recorder:
+    with running(backend, shared_folder), recorder:
         for flags in [{}, *({k: v[-1]} for k, v in spec.flags.items())]:
             with_gradients(spec.function, default_inputs(spec, **flags), spec.gradients, spec.outputs_of, 0)
     assert recorder.calls, "no registered operator was called"
@@ -338,13 +328,13 @@ def _channels_last(x):
 
 @every_backend
 @pytest.mark.parametrize("layout", [_strided, _transposed, _channels_last])
-def test_layout_of_inputs_does_not_matter(spec, backend, layout, folder):
+def test_layout_of_inputs_does_not_matter(spec, backend, layout, shared_folder):
     rank = max(spec.event_ranks)
     inputs = default_inputs(spec, event=(3, 6, 7) if rank == 3 else (37,))
     moved = {
         k: layout(v) if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dim() > 1 else v for k, v in inputs.items()
     }
-    with running(backend, folder):
+    with running(backend, shared_folder):
         plain = with_gradients(spec.function, inputs, spec.gradients, spec.outputs_of, 0)
         other = with_gradients(spec.function, moved, spec.gradients, spec.outputs_of, 0)
     for first, second in zip(plain[:2], other[:2], strict=True):
@@ -374,12 +364,12 @@ def test_thread_count_does_not_matter(spec):
 
 
 @every_backend
-def test_nan_stays_in_its_sample(spec, backend, folder):
+def test_nan_stays_in_its_sample(spec, backend, shared_folder):
     inputs = default_inputs(spec, rows=5, event=(19,))
     rowwise = [k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.shape[:1] == (5,)]
     if not rowwise or not spec.samplewise:
         return
-    with running(backend, folder):
+    with running(backend, shared_folder):
         clean = with_gradients(spec.function, inputs, spec.gradients, spec.outputs_of, 0)
         for name in rowwise:
             dirty = inputs[name].clone()
@@ -433,10 +423,10 @@ def test_impossible_choice_says_why(spec):
 @pytest.mark.slow
 @every_native_op
 @pytest.mark.parametrize("isa", [i for i in _native.available_isas() if i != "neon"])
-def test_memory_is_respected(spec, isa, folder):
+def test_memory_is_respected(spec, isa, shared_folder):
     """Under AddressSanitizer and UndefinedBehaviorSanitizer, where every buffer is an allocation of its own."""
     name = f"sanitized-{isa}"
-    _native.add_table(name, emulation.sanitized(isa, folder).table())
+    _native.add_table(name, emulation.sanitized(isa, spec.name, shared_folder).table())
 
     @settings(max_examples=max(40, settings.default.max_examples))
     @given(calls(spec))
