@@ -244,13 +244,23 @@ def test_opcheck(spec, backend, shared_folder):
     if _native.missing() and backend != "triton":
         return
     recorder = _RawCalls()
-    with running(backend, shared_folder), recorder:
-        for flags in [{}, *({k: v[-1]} for k, v in spec.flags.items())]:
-            with_gradients(spec.function, default_inputs(spec, **flags), spec.gradients, spec.outputs_of, 0)
-    assert recorder.calls, "no registered operator was called"
-    for operator, args in recorder.calls:
-        detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
-        torch.library.opcheck(operator, detached)
+    checked = set()
+    with running(backend, shared_folder):
+        with recorder:
+            for flags in [{}, *({k: v[-1]} for k, v in spec.flags.items())]:
+                with_gradients(spec.function, default_inputs(spec, **flags), spec.gradients, spec.outputs_of, 0)
+        assert recorder.calls, "no registered operator was called"
+        for operator, args in recorder.calls:
+            detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+            form = [(a.shape, a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
+            # tracing, which costs most, asks only which arguments there are; every call is checked once, every such set traced
+            tensors = [isinstance(a, torch.Tensor) for a in args]
+            call, traced = f"{operator} {form}", f"{operator} {tensors}"
+            if call in checked:
+                continue
+            cheap = {"test_utils": ("test_schema", "test_faketensor")} if traced in checked else {}
+            torch.library.opcheck(operator, detached, **cheap)
+            checked |= {call, traced}
 
 
 @every_op
