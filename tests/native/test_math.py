@@ -94,7 +94,9 @@ def ulps(result: Tensor, exact: Tensor) -> Tensor:
     """Distance in units in the last place of float32, where infinity counts as 2^128."""
     top = 2.0**128
     exact, result = exact.clamp(-top, top), result.double().clamp(-top, top)
-    exponent = torch.frexp(exact.abs().clamp(2.0**-126, 2.0**127)).exponent - 24  # subnormals have the ulp of the smallest normal
+    exponent = (
+        torch.frexp(exact.abs().clamp(2.0**-126, 2.0**127)).exponent - 24
+    )  # subnormals have the ulp of the smallest normal
     return torch.ldexp((result - exact).abs(), -exponent)
 
 
