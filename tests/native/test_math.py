@@ -1,7 +1,7 @@
 """csrc/math.h against float64: every function over the whole range of float32, on every instruction set.
 
-The bound of a function is the one that the header states beside it. A test takes every STEP-th float, and all around zero, one,
-the limits and the thresholds of the functions; `python -m tests.native.test_math 1` takes each of the 2^32 and prints the worst.
+The bound of a function is the one that the header states beside it. A test takes every STEP-th float, and all around zero,
+one, the limits and the thresholds; `python -m tests.native.test_math 1` takes each of the 2^32 and prints the worst errors.
 """
 
 from __future__ import annotations

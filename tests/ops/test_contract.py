@@ -56,13 +56,18 @@ def _poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def folder(shared_folder):
+    return shared_folder
+
+
 @contextlib.contextmanager
-def running(backend: str, shared_folder):
+def running(backend: str, folder):
     """Within the block, ops take this backend; "cpp:ISA" forces an instruction set."""
     name, _, isa = backend.partition(":")
     if isa == "neon" and "neon" not in _native.available_isas():
         emulation.require_neon()
-        _native.add_table("neon", emulation.compiled("neon", shared_folder).table())
+        _native.add_table("neon", emulation.compiled("neon", folder).table())
     with use_backend(name), _native.use_isa(isa) if isa else contextlib.nullcontext():
         yield
 
@@ -75,8 +80,8 @@ def examples_for(backend: str) -> int:
 
 @st.composite
 def calls(draw, spec, backend=""):
-    """(rows, event, dtype, seed, flags) of one call. Interpreted, a row costs as much as thousands do compiled: there are fewer,
-    and two at most where the event is long.
+    """(rows, event, dtype, seed, flags) of one call. Interpreted, a row costs as much as thousands do compiled: there are
+    fewer, and two at most where the event is long.
     """
     rank = draw(st.sampled_from(spec.event_ranks))
     if rank == 3:
@@ -127,13 +132,13 @@ def with_gradients(function, inputs, names, outputs_of, seed):
     return outputs, dict(zip(leaves, grads, strict=True)), weights
 
 
-def errors(spec, backend, call, shared_folder):
+def errors(spec, backend, call, folder):
     """Yields (what, precision class, dtype, error in units of the tolerance) of every output and gradient of a call."""
     rows, event, dtype, seed, flags = call
     inputs = inputs_for(spec, rows, event, dtype, seed, flags)
     expected, wide = truth(spec, inputs)
     fast = flags.get("math") == "fast"
-    with running(backend, shared_folder):
+    with running(backend, folder):
         results, grads, weights = with_gradients(spec.function, inputs, spec.gradients, spec.outputs_of, seed)
     for name, precision in spec.precisions(len(results)).items():
         precision = "fast" if fast and precision == "exact" else precision
@@ -150,14 +155,14 @@ def errors(spec, backend, call, shared_folder):
 
 
 @every_backend
-def test_matches_reference(spec, backend, shared_folder):
+def test_matches_reference(spec, backend, folder):
     @settings(max_examples=examples_for(backend))
     @given(calls(spec, backend))
     def check(call):
-        for what, _, _, size in errors(spec, backend, call, shared_folder):
+        for what, _, _, size in errors(spec, backend, call, folder):
             assert size <= 1, what
 
-    with running(backend, shared_folder):  # skips before hypothesis starts
+    with running(backend, folder):  # skips before hypothesis starts
         pass
     check()
 
@@ -211,12 +216,12 @@ def second_gradients(function, inputs, names, outputs_of, seed):
     return dict(zip(wanted, second[0], strict=True))
 
 
-def second_errors(spec, backend, call, shared_folder):
+def second_errors(spec, backend, call, folder):
     """The same of every second gradient."""
     rows, event, dtype, seed, flags = call
     inputs = inputs_for(spec, rows, event, dtype, seed, flags)
     _, wide = truth(spec, inputs)
-    with running(backend, shared_folder):
+    with running(backend, folder):
         results = second_gradients(spec.function, inputs, spec.gradients, spec.outputs_of, seed)
     exact = second_gradients(spec.reference, wide, spec.gradients, spec.outputs_of, seed)
     for name, value in exact.items():
@@ -225,14 +230,14 @@ def second_errors(spec, backend, call, shared_folder):
 
 
 @every_backend_twice
-def test_second_gradients_match_reference(spec, backend, shared_folder):
+def test_second_gradients_match_reference(spec, backend, folder):
     @settings(max_examples=examples_for(backend))
     @given(calls(spec, backend))
     def check(call):
-        for what, _, _, size in second_errors(spec, backend, call, shared_folder):
+        for what, _, _, size in second_errors(spec, backend, call, folder):
             assert size <= 1, what
 
-    with running(backend, shared_folder):  # skips before hypothesis starts
+    with running(backend, folder):  # skips before hypothesis starts
         pass
     check()
 
@@ -262,12 +267,12 @@ class _RawCalls(TorchDispatchMode):
 
 
 @every_backend
-def test_opcheck(spec, backend, shared_folder):
+def test_opcheck(spec, backend, folder):
     if _native.missing() and backend != "triton":
         return
     recorder = _RawCalls()
     checked = set()
-    with running(backend, shared_folder):
+    with running(backend, folder):
         with recorder:
             for flags in [{}, *({k: v[-1]} for k, v in spec.flags.items())]:
                 with_gradients(spec.function, default_inputs(spec, **flags), spec.gradients, spec.outputs_of, 0)
@@ -360,13 +365,13 @@ def _channels_last(x):
 
 @every_backend
 @pytest.mark.parametrize("layout", [_strided, _transposed, _channels_last])
-def test_layout_of_inputs_does_not_matter(spec, backend, layout, shared_folder):
+def test_layout_of_inputs_does_not_matter(spec, backend, layout, folder):
     rank = max(spec.event_ranks)
     inputs = default_inputs(spec, event=(3, 6, 7) if rank == 3 else (37,))
     moved = {
         k: layout(v) if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dim() > 1 else v for k, v in inputs.items()
     }
-    with running(backend, shared_folder):
+    with running(backend, folder):
         plain = with_gradients(spec.function, inputs, spec.gradients, spec.outputs_of, 0)
         other = with_gradients(spec.function, moved, spec.gradients, spec.outputs_of, 0)
     for first, second in zip(plain[:2], other[:2], strict=True):
@@ -396,12 +401,12 @@ def test_thread_count_does_not_matter(spec):
 
 
 @every_backend
-def test_nan_stays_in_its_sample(spec, backend, shared_folder):
+def test_nan_stays_in_its_sample(spec, backend, folder):
     inputs = default_inputs(spec, rows=5, event=(19,))
     rowwise = [k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.shape[:1] == (5,)]
     if not rowwise or not spec.samplewise:
         return
-    with running(backend, shared_folder):
+    with running(backend, folder):
         clean = with_gradients(spec.function, inputs, spec.gradients, spec.outputs_of, 0)
         for name in rowwise:
             dirty = inputs[name].clone()
@@ -455,10 +460,10 @@ def test_impossible_choice_says_why(spec):
 @pytest.mark.slow
 @every_native_op
 @pytest.mark.parametrize("isa", [i for i in _native.available_isas() if i != "neon"])
-def test_memory_is_respected(spec, isa, shared_folder):
+def test_memory_is_respected(spec, isa, folder):
     """Under AddressSanitizer and UndefinedBehaviorSanitizer, where every buffer is an allocation of its own."""
     name = f"sanitized-{isa}"
-    _native.add_table(name, emulation.sanitized(isa, spec.name, shared_folder).table())
+    _native.add_table(name, emulation.sanitized(isa, spec.name, folder).table())
 
     @settings(max_examples=max(40, settings.default.max_examples))
     @given(calls(spec))
