@@ -284,5 +284,6 @@ SPEC = OpSpec(
     flags={"channels": (3, 1, 12, 21), "inverse": (False, True)},
     shapes=((16, (12, 32, 32)), (16, (48, 16, 16)), (16, (96, 8, 8))),
     bytes_moved=_bytes_moved,
+    gradient_precision="reduction",
     samplewise=False,
 )

@@ -27,6 +27,7 @@ from tests.ops import test_contract as contract
 from tests.ops.tolerances import BOUNDS
 
 Key = tuple[str, str, str]  # op, precision class, dtype
+ROUND = 25  # calls between looks at the clock
 
 
 def measure(op: str, backend: str, examples: int, seconds: float, folder: Path) -> dict[Key, float]:
@@ -35,14 +36,7 @@ def measure(op: str, backend: str, examples: int, seconds: float, folder: Path) 
     worst: dict[Key, float] = collections.defaultdict(float)
     end = time.monotonic() + seconds
 
-    @seed(0)
-    @settings(
-        max_examples=examples, phases=[Phase.generate], database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
-    @given(contract.calls(spec, backend))
     def one(call):
-        if time.monotonic() > end:
-            return
         kinds = [contract.errors, contract.second_errors] if spec.double_backward else [contract.errors]
         for kind in kinds:
             for what, precision, dtype, size in kind(spec, backend, call, folder):
@@ -51,7 +45,11 @@ def measure(op: str, backend: str, examples: int, seconds: float, folder: Path) 
                 if size > 1:
                     print(f"{op} on {backend}: {what} is off by {size:.3g} tolerances at {call}", file=sys.stderr, flush=True)
 
-    one()
+    quiet = settings(phases=[Phase.generate], database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    for first in range(0, examples, ROUND):
+        if time.monotonic() > end:
+            break
+        seed(first)(settings(quiet, max_examples=min(ROUND, examples - first))(given(contract.calls(spec, backend))(one)))()
     return worst
 
 

@@ -1,7 +1,7 @@
 """How far a fused backend may be from the float64 reference: one table, by precision class and storage dtype.
 
 An error is measured as |result - reference| <= relative * |reference| + absolute * max(1, largest |reference|), the second
-term for sums whose terms cancel.
+term for sums whose terms cancel. docs/accuracy.md has the worst errors that were measured.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ BOUNDS = {
     ("reduction", torch.float32): (2e-6, 2e-6),
     ("reduction", torch.bfloat16): (2.0**-8, 2e-6),
     ("reduction", torch.float16): (2.0**-11, 2e-6),
-    ("iterative", torch.float32): (1e-5, 1e-5),
+    ("iterative", torch.float32): (1e-6, 1e-6),
     # splines: a knot is known to 1e-7 of the interval, which gradients of log_det amplify by (interval / bin)^2. PyTorch in
     # float32 is as far off: tests/ops/test_rq_spline.py holds the kernels to its errors
     ("conditioned", torch.float32): (5e-4, 5e-4),
     ("conditioned", torch.bfloat16): (2.0**-8 + 5e-4, 5e-4),
     ("conditioned", torch.float16): (2.0**-11 + 5e-4, 5e-4),
     ("exact", torch.float64): (0.0, 0.0),
-    ("elementwise", torch.float64): (1e-13, 1e-13),
     ("reduction", torch.float64): (1e-13, 1e-13),
     ("accumulation", torch.float64): (0.0, 5e-7),  # float32 products of 256 rows, summed in float64
     ("iterative", torch.float64): (1e-9, 1e-9),
