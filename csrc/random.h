@@ -186,14 +186,40 @@ INLINE void draw_pairs(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, const
   }
 }
 
+// What an op will read and write beside the noise of a tile: drawing takes no memory bandwidth, so that these lines are fetched
+// meanwhile. An address is that of the tile's first element.
+class Ahead {
+  const char* first[4];
+  int64_t size[4], count = 0;
+
+ public:
+  template <class T>
+  INLINE Ahead& add(const T* p) {
+    if (p) first[count] = (const char*)p, size[count++] = sizeof(T);
+    return *this;
+  }
+  // the same from a later element on
+  INLINE Ahead from(int64_t element) const {
+    Ahead out = *this;
+    for (int64_t i = 0; i < count; ++i) out.first[i] += element * size[i];
+    return out;
+  }
+  // fetches `elements` from `begin` on; addresses beyond the end do no harm
+  INLINE void fetch(int64_t begin, int64_t elements) const {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t b = begin * size[i]; b < (begin + elements) * size[i]; b += 64) __builtin_prefetch(first[i] + b);
+  }
+};
+
 // Elements [begin, begin + count) of one sample; begin is a multiple of 4. Writes up to 4 * LANES - 1 floats beyond count.
 template <class Kind, class Math>
-INLINE void draw_row(const Keys& keys, int64_t sample, int64_t begin, int64_t count, float* out) {
+INLINE void draw_row(const Keys& keys, int64_t sample, int64_t begin, int64_t count, float* out, const Ahead& ahead = {}) {
   const Keys::Row row = keys.row(sample);
   const Schedule schedule(row.seed_low, row.seed_high);
   const vu c2 = splat_u(row.c2), c3 = splat_u(row.c3);
   const vu first = quartet_of_lane() + (uint32_t)(begin / 4);
   in_steps(ceil_div(count, 4 * LANES), [&](int64_t block, auto blocks) INLINED {
+    ahead.fetch(4 * LANES * block, 4 * LANES * blocks.value);
     vu c0[blocks.value], c1[blocks.value];
     for (int i = 0; i < blocks.value; ++i) c0[i] = first + (uint32_t)(LANES * (block + i)), c1[i] = splat_u(row.c1);
     draw_blocks<Kind, Math>(c0, c1, c2, c3, schedule, out + 4 * LANES * block);
@@ -203,7 +229,7 @@ INLINE void draw_row(const Keys& keys, int64_t sample, int64_t begin, int64_t co
 // Whole short rows back to back: lanes run over (sample, quartet), so that few idle when a row has few elements. Writes up to
 // 4 * LANES - 1 floats beyond the last.
 template <class Kind, class Math>
-INLINE void draw_short_rows(const Keys& keys, int64_t first, int64_t rows, int64_t event, float* out) {
+INLINE void draw_short_rows(const Keys& keys, int64_t first, int64_t rows, int64_t event, float* out, const Ahead& ahead) {
   const bool pairs = event <= 2;  // all of a row in the first two words
   const int64_t quartets = ceil_div(event, 4), total = rows * quartets;
   const vu order = pairs ? natural_order() : quartet_of_lane();
@@ -212,6 +238,7 @@ INLINE void draw_short_rows(const Keys& keys, int64_t first, int64_t rows, int64
   const auto draw = [&](int64_t at, const auto& c0, const auto& c1, vu c2, vu c3, const Schedule& schedule,
                         auto blocks) INLINED {
     constexpr int B = decltype(blocks)::value;
+    ahead.fetch(min(event, 4) * at, min(event, 4) * LANES * B);
     if (pairs) return draw_pairs<Kind, Math, B>(c0, c1, c2, c3, schedule, event, out + at * event);
     if (event % 4 == 0) return draw_blocks<Kind, Math, B>(c0, c1, c2, c3, schedule, out + 4 * at);
     float values[4 * LANES * B];
@@ -267,19 +294,19 @@ struct alignas(64) TileNoise {
 
 // The noise of one tile, rows back to back.
 template <class Kind, class Math>
-inline void draw_tile(const Keys& keys, const Tile& tile, float* out) {
+inline void draw_tile(const Keys& keys, const Tile& tile, float* out, const Ahead& ahead) {
   if (tile.count == 0) return;  // there may be no key at all: an empty tensor has no address
   if (tile.count % (4 * LANES) == 0 || tile.count > 8 * LANES || tile.rows == 1) {
-    for (int64_t r = 0; r < tile.rows; ++r)
-      draw_row<Kind, Math>(keys, tile.row + r, tile.begin, tile.count, out + r * tile.count);
+    for (int64_t r = 0; r < tile.rows; ++r)  // what is written beyond a row is overwritten by the next
+      draw_row<Kind, Math>(keys, tile.row + r, tile.begin, tile.count, out + r * tile.count, ahead.from(r * tile.count));
   } else {
-    draw_short_rows<Kind, Math>(keys, tile.row, tile.rows, tile.count, out);
+    draw_short_rows<Kind, Math>(keys, tile.row, tile.rows, tile.count, out, ahead);
   }
 }
 template <class Kind>
-inline void draw_tile(const Keys& keys, const Tile& tile, bool fast, float* out) {
-  if (fast) draw_tile<Kind, Fast>(keys, tile, out);
-  else draw_tile<Kind, Exact>(keys, tile, out);
+inline void draw_tile(const Keys& keys, const Tile& tile, bool fast, float* out, const Ahead& ahead = {}) {
+  if (fast) draw_tile<Kind, Fast>(keys, tile, out, ahead);
+  else draw_tile<Kind, Exact>(keys, tile, out, ahead);
 }
 
 FASTGEN_END
