@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
 OUT ?= runs/demo
+JOBS ?= $(shell nproc)
 PY := $(VENV)/bin/python
 
 .PHONY: demo test lint build bench clean
@@ -11,8 +12,9 @@ PY := $(VENV)/bin/python
 demo: build
 	$(PY) -m fastgen demo --out $(OUT)
 
+# as many processes as processors, each of which takes its next tests when it has none left
 test: build lint
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses $(JOBS) --dist worksteal
 
 lint: build
 	$(PY) -m ruff check .

@@ -51,7 +51,7 @@ def activate(b_v, alpha, ACT: tl.constexpr):
         b_e = tl.exp(b_below) * LOW
         b_value = tl.where(b_v > 0.0, b_v * SCALE, expm1_below(b_below) * LOW)
         b_slope = tl.where(b_v > 0.0, SCALE, b_e)
-        b_curve = tl.where(b_v > 0.0, 0.0, b_e)
+        b_curve = tl.where(b_v >= 0.0, 0.0, b_e)  # as PyTorch at 0
     elif ACT == TANH:
         b_square = b_v * b_v
         b_e = tl.exp(-2.0 * tl.abs(b_v))

@@ -7,6 +7,10 @@ import zlib
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the processors, as do their children
+    share = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, share)))
 
 import pytest
 import torch
@@ -22,6 +26,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """One temporary folder for all processes of this run, for what is too costly to build in each."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def pytest_addoption(parser):

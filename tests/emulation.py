@@ -6,6 +6,7 @@ The tables made here look like those of ``fastgen._C``, so that the contract tes
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import importlib.util
 import os
@@ -14,11 +15,15 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+NATIVE = ROOT / "tests/native"
 FLAGS = {
     "neon": ["-DFASTGEN_NEON"],
     "scalar": [],
@@ -71,26 +76,34 @@ class Remote:
         raise RuntimeError(f"the harness died in {name}, exit {self.process.wait()}:\n{errors[-4000:]}")
 
 
-def build(isa: str, compiler: str, flags: list[str], folder: Path) -> Path:
-    """Compile the harness and one instruction set's kernels."""
-    name = f"harness_{isa}_{Path(compiler).name}"
-    ops = sorted(header.stem for header in (ROOT / "csrc/ops").glob("*.h"))
-    parts = folder / f"{name}.parts"
-    parts.mkdir()
-    (parts / "units.inc").write_text("".join(f"UNIT({isa}, {op})\n" for op in ops))
+def build(isa: str, compiler: str, flags: list[str], folder: Path, ops: Sequence[str] = ()) -> Path:
+    """Compile the harness and one instruction set's kernels: those of the named ops, or all. Several processes may ask for the
+    same: one builds, the others wait for it.
+    """
+    program = folder / "-".join(["harness", isa, Path(compiler).name, *ops])
+    parts = program.with_suffix(".parts")
+    parts.mkdir(exist_ok=True)
+    with (parts / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if program.exists():
+            return program
+        ops = ops or sorted(header.stem for header in (ROOT / "csrc/ops").glob("*.h"))
+        (parts / "units.inc").write_text("".join(f"UNIT({isa}, {op})\n" for op in ops))
 
-    def compile_one(op: str | None) -> Path:
-        source = "csrc/unit.cpp" if op else "tests/native/harness.cpp"
-        names = [f"-DFASTGEN_ISA={isa}", f"-DFASTGEN_OP={op}"] if op else [f"-I{parts}"]
-        target = parts / f"{op or 'harness'}.o"
-        command = [compiler, *COMMON, *FLAGS[isa], *flags, *names, "-c", str(ROOT / source), "-o", str(target)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        return target
+        def compile_one(op: str | None) -> Path:
+            source = "csrc/unit.cpp" if op else "tests/native/harness.cpp"
+            names = [f"-DFASTGEN_ISA={isa}", f"-DFASTGEN_OP={op}", f"-I{NATIVE}"] if op else [f"-I{parts}"]
+            target = parts / f"{op or 'harness'}.o"
+            command = [compiler, *COMMON, *FLAGS[isa], *flags, *names, "-c", str(ROOT / source), "-o", str(target)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            return target
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [None, *ops]))
-    subprocess.run([compiler, *flags, *map(str, objects), "-o", str(folder / name)], check=True, capture_output=True, text=True)
-    return folder / name
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [str(unit) for unit in pool.map(compile_one, [None, *ops])]
+        linked = program.with_suffix(".new")
+        subprocess.run([compiler, *flags, *objects, "-o", str(linked)], check=True, capture_output=True, text=True)
+        linked.rename(program)
+    return program
 
 
 def neon_reason() -> str | None:
@@ -101,20 +114,31 @@ def neon_reason() -> str | None:
     return f"{' and '.join(missing)} not installed (Debian: g++-aarch64-linux-gnu, qemu-user)" if missing else None
 
 
-@functools.cache
-def neon(folder: Path) -> Remote:
-    """The NEON kernels under qemu-user."""
-    return Remote(["qemu-aarch64", str(build("neon", "aarch64-linux-gnu-g++", ["-O2", "-static"], folder))])
+def require_neon() -> None:
+    """Skip the test where NEON cannot be had; fail where FASTGEN_REQUIRE_NEON=1 says that it must."""
+    reason = None if platform.machine() == "aarch64" else neon_reason()
+    if reason and os.environ.get("FASTGEN_REQUIRE_NEON") == "1":
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
 
 
 @functools.cache
-def sanitized(isa: str, folder: Path) -> Remote:
-    """One instruction set's kernels under AddressSanitizer; the scalar ones, the quickest to compile, under
+def compiled(isa: str, folder: Path, *ops: str) -> Remote:
+    """Kernels of an instruction set, those of the named ops or all; under qemu-user where it is foreign."""
+    if isa == "neon" and platform.machine() == "x86_64":
+        return Remote(["qemu-aarch64", str(build(isa, "aarch64-linux-gnu-g++", ["-O2", "-static"], folder, ops))])
+    return Remote([str(build(isa, "g++", ["-O2"], folder, ops))])
+
+
+@functools.cache
+def sanitized(isa: str, op: str, folder: Path) -> Remote:
+    """The kernels of one op and instruction set under AddressSanitizer; the scalar ones, the quickest to compile, under
     UndefinedBehaviorSanitizer too.
     """
     kinds = "address,undefined" if isa == "scalar" else "address"
     flags = ["-O1", f"-fsanitize={kinds}", "-fno-sanitize-recover=all"]
-    return Remote([str(build(isa, "g++", flags, folder))])
+    return Remote([str(build(isa, "g++", flags, folder, [op]))])
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ INLINE Jet activate(vf v, const ActOptions& o) {
   if constexpr (A == ELU) {
     const vf e = exp(v) * o.low;
     const auto above = v > 0.0f;
-    return {above ? v * o.scale : expm1(v) * o.low, above ? splat(o.scale) : e, above ? zero : e};
+    return {above ? v * o.scale : expm1(v) * o.low, above ? splat(o.scale) : e, v >= 0.0f ? zero : e};  // as PyTorch at 0
   }
   if constexpr (A == TANH) {
     const vf m = expm1(-2.0f * abs(v)), quotient = 1.0f / (2.0f + m);

@@ -7,6 +7,7 @@ import torch
 
 from fastgen import ops
 from fastgen.ops.bias_act import ACTIVATIONS, bias_act_reference
+from tests.ops.test_contract import BACKENDS, folder, running  # noqa: F401 - folder is a fixture
 
 
 @pytest.mark.parametrize("act", ["relu", "lrelu", "swish", "linear"])
@@ -42,6 +43,20 @@ def test_bias_gain_alpha_and_clamp_in_their_order():
     torch.testing.assert_close(y, torch.tensor([[-2.5, -1.0], [2.5, -1.5]]))
     y = ops.bias_act(x, b, dim=0, gain=3.0)
     torch.testing.assert_close(y, torch.tensor([[-9.0, 6.0], [3.0, -4.5]]))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_derivatives_at_zero_are_those_of_pytorch(act, backend, folder):  # noqa: F811
+    """Kinks of the first and of the second derivative, on either of which rounded inputs do fall."""
+    slopes = []
+    for f, dtype in ((bias_act_reference, torch.float64), (ops.bias_act, torch.float32)):
+        x = torch.zeros(1, 1, dtype=dtype, requires_grad=True)
+        with running(backend, folder):
+            (slope,) = torch.autograd.grad(f(x, act=act).sum(), x, create_graph=True)
+            (curve,) = torch.autograd.grad(slope.sum() + 0 * x.sum(), x)
+        slopes.append([slope.item(), curve.item()])
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
