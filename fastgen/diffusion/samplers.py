@@ -18,7 +18,8 @@ evaluation of the network, in float64. :mod:`fastgen.diffusion.loop` runs them. 
 Sources: Ho et al. (2020), algorithm 2; Nichol and Dhariwal (2021), eq. 15; Song et al. (2021), "Denoising diffusion implicit
 models", eq. 12 and 16; Karras et al. (2022), algorithms 1 and 2; Lu et al. (2022), "DPM-Solver++", algorithm 2 and its SDE
 form; Song et al. (2021), "Score-based generative modeling through stochastic differential equations", algorithms 2 to 5; Zhao
-et al. (2023), "UniPC", algorithms 5 to 8; Crowson (2022), k-diffusion (ancestral Euler, linear multistep).
+et al. (2023), "UniPC", algorithms 5 to 8; Lugmayr et al. (2022), "RePaint"; Crowson (2022), k-diffusion (ancestral Euler,
+linear multistep).
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ __all__ = [
     "Sampler",
     "UniPC",
     "make_sampler",
+    "resampled",
 ]
 
 
@@ -404,6 +406,48 @@ class UniPC(Sampler):
                 correction[1 : 2 + len(past)] = torch.tensor([start, *past], dtype=torch.float64)
                 correction[1 : 1 + len(predictor)] -= torch.tensor(predictor, dtype=torch.float64)
         return _plan(grid, rows)
+
+
+def resampled(plan: Plan, times: int, jump: int) -> Plan:
+    """The plan with each stretch of ``jump`` steps gone through ``times`` times (Lugmayr et al., 2022, "RePaint", section 4.2).
+
+    Between two passes the state gets the noise of q(x_t | x_s) from the stretch's end s back to its start t: a factor and a
+    variance more in the row of the last step before. Stretches end at the last state that has noise; what is left over at the
+    top is gone through once.
+
+    Raises:
+        ValueError: unless every row stands on its own: one evaluation a step, no history, a variance that is not learned.
+    """
+    if times < 1 or jump < 1:
+        raise ValueError(f"resample and jump must be at least 1, got {times} and {jump}")
+    if times == 1:
+        return plan
+    noisier = bool((plan.sigma.diff() * plan.alpha[:-1] < plan.sigma[:-1] * plan.alpha.diff()).all())
+    if plan.rows.shape[1] > 3 or plan.bounds is not None or not noisier:
+        raise ValueError("resample needs a sampler of independent steps with a fixed variance: ddpm, ddim, euler_ancestral")
+    last = len(plan.time) - 1
+    ends = {end for end in range(last, 0, -jump) if end >= jump}
+    order: list[int] = []
+    leaps: list[tuple[int, int, int]] = []  # row, from point, to point
+    for step in range(last + 1):
+        order.append(step)
+        if step + 1 in ends:
+            for _ in range(times - 1):
+                leaps.append((len(order) - 1, step + 1, step + 1 - jump))
+                order += range(step + 1 - jump, step + 1)
+    at = torch.tensor(order)
+    rows = plan.rows[at]
+    for row, low, high in leaps:
+        factor = plan.alpha[high] / plan.alpha[low]
+        rows[row] *= factor
+        more = (plan.sigma[high].square() - (factor * plan.sigma[low]).square()).clamp(min=0)
+        rows[row, 2] = (rows[row, 2].square() + more).sqrt()
+    return plan._replace(
+        time=plan.time[at],
+        alpha=torch.cat([plan.alpha[at], plan.alpha[-1:]]),
+        sigma=torch.cat([plan.sigma[at], plan.sigma[-1:]]),
+        rows=rows,
+    )
 
 
 SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
