@@ -18,7 +18,7 @@ from fastgen.diffusion.guidance import keep_known
 from fastgen.diffusion.loop import Step, Table, run, tabulate
 from fastgen.diffusion.samplers import Plan, Sampler, make_sampler, resampled
 from fastgen.diffusion.schedules import Discrete, Grid, Schedule, Spacing, Target, target_rows
-from fastgen.diffusion.upstream import upstream_grid, upstream_plan
+from fastgen.diffusion.upstream import upstream_chain, upstream_grid, upstream_plan
 from fastgen.nn.dit import DiT
 from fastgen.nn.inference import optimize, relative_error
 from fastgen.nn.mlp import TimeMLP
@@ -297,7 +297,8 @@ class DiffusionModel(Model):
             return self.schedule.grid(steps, spacing)
         if compat != "diffusers":
             raise ValueError(f"compat must be None or 'diffusers', got {compat!r}")
-        return upstream_grid(self.schedule, steps, sampler.layout, spacing)
+        schedule = upstream_chain(self.schedule.betas) if isinstance(self.schedule, Discrete) else self.schedule
+        return upstream_grid(schedule, steps, sampler.layout, spacing)
 
     def table(self, plan: Plan, *, dtype: torch.dtype = torch.float32) -> Table:
         """The table of a plan for this model's network, on its device."""
@@ -356,7 +357,7 @@ class DiffusionModel(Model):
                 stretch between (RePaint): the painted part agrees with the known one the better, and costs as much more.
             jump: length of these stretches in steps.
             inference: what evaluates the network, see :meth:`evaluator`; :meth:`inference_error` says how far it is off.
-            compat: "diffusers" lays out the steps as the sampler of diffusers 0.42 does, errors included.
+            compat: "diffusers" lays out the steps as the sampler of diffusers 0.42 does, its errors and rounding included.
             noise: index of an evaluation -> noise [n, *event_shape], instead of the key's.
             adjust, callback: see :func:`fastgen.diffusion.loop.run`.
 
