@@ -125,6 +125,30 @@ struct Product<0> {
   static void run(int64_t, int64_t, const float*, int64_t, const float*, float*, Ahead) {}
 };
 
+// Memory that a thread keeps between calls, since fresh pages would cost as much as the transformations that are written to
+// them; its vectors lie in a line of cache each.
+struct Scratch {
+  float* data = nullptr;
+  int64_t size = 0;
+  ~Scratch() { delete[] data; }
+  float* get(int64_t wanted) {
+    if (wanted > size) {
+      delete[] data;
+      data = new float[wanted + 16];
+      size = wanted;
+    }
+    return (float*)(((size_t)data + 63) / 64 * 64);
+  }
+};
+inline Scratch& own_scratch() {  // of a task
+  static thread_local Scratch scratch;
+  return scratch;
+}
+inline Scratch& common_scratch() {  // of a call
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 // Images, their tiles, and the buffers that a call works on.
 template <int M>
 struct Convolution {
@@ -248,10 +272,9 @@ struct Convolution {
     const int64_t step = patch_step(strip), chunks = ceil_div(outputs, CHUNK);
     parallel_uneven(ceil_div(tiles, strip), threads, [&](int64_t task) {
       const int64_t first = task * strip, count = min(strip, tiles - first);
-      float *v = new float[N * N * (step + result_step)], *m = v + N * N * step;
+      float *v = own_scratch().get(N * N * (step + result_step)), *m = v + N * N * step;
       for (int64_t i = 0; i < count; ++i) transform(first + i, zeros, v + i * pitch, step);
       for (int64_t chunk = 0; chunk < chunks; ++chunk) finish(first, count, chunk, v, step, m);
-      delete[] v;
     });
   }
   void run_together(int64_t tiles, const float* zeros, int64_t threads) const {
@@ -260,7 +283,7 @@ struct Convolution {
     const int64_t group = min(ceil_div(tiles, TILES), most) * TILES, step = patch_step(group);
     const int64_t chunks = ceil_div(outputs, CHUNK);
     if (tiles * inputs * outputs < SERIAL) threads = 1;
-    float* v = new float[N * N * step];
+    float* v = common_scratch().get(N * N * step);
     for (int64_t first = 0; first < tiles; first += group) {
       const int64_t count = min(group, tiles - first), strips = ceil_div(count, TILES), strip = ceil_div(count, strips);
       parallel_uneven(ceil_div(count, FEW), threads, [&](int64_t task) {
@@ -269,12 +292,10 @@ struct Convolution {
       });
       parallel_uneven(strips * chunks, threads, [&](int64_t task) {
         const int64_t begin = task % strips * strip;
-        float* m = new float[N * N * result_step];
+        float* m = own_scratch().get(N * N * result_step);
         finish(first + begin, min(strip, count - begin), task / strips, v + begin * pitch, step, m);
-        delete[] m;
       });
     }
-    delete[] v;
   }
 };
 

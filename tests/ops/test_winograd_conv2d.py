@@ -83,6 +83,20 @@ def test_a_sample_does_not_depend_on_its_batch():
     assert torch.equal(winograd_conv2d(x[7:8], weight), whole[7:8])
 
 
+@native
+@every_tile
+@pytest.mark.parametrize("double", [False, True])
+def test_gradients_are_those_of_the_convolution(tile, double):
+    leaves = [draw(3, 5, 6, 7), filters(4, 5), draw(3, 4, seed=2)]
+    found, exact = [v.clone().requires_grad_() for v in leaves], [v.double().requires_grad_() for v in leaves]
+    y = winograd_conv2d(*found, tile=tile, double=double, backend="cpp")
+    towards = draw(*y.shape, seed=3)
+    got = torch.autograd.grad(y, found, towards)
+    expected = torch.autograd.grad(winograd_conv2d_reference(*exact, double=double), exact, towards.double())
+    for value, truth in zip(got, expected, strict=True):
+        assert (value - truth).abs().max() < 5e-6 * truth.abs().max()
+
+
 def test_double_precision_is_the_references():
     x, weight = draw(1, 2, 5, 5).double(), filters(3, 2).double()
     assert torch.equal(winograd_conv2d(x, weight), F.conv2d(x, weight, padding=1))
