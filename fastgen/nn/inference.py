@@ -123,9 +123,9 @@ class PackedConv2d(nn.Module):
 
 
 class PackedUpsample(nn.Module):
-    """:class:`fastgen.nn.resnet.Upsample` without the doubled image: by minimal filtering, or as one transposed convolution (the
-    3x3 kernel run over the 2x2 copies of a pixel is a 4x4 kernel of stride 2, with 4 products for every 9). Small images,
-    where a layer is bound by its weights, go the plain way.
+    """:class:`fastgen.nn.resnet.Upsample` without the doubled image: by minimal filtering, or as one transposed convolution
+    (the 3x3 kernel run over the 2x2 copies of a pixel is a 4x4 kernel of stride 2, with 4 products for every 9). Small
+    images, where a layer is bound by its weights, go the plain way.
     """
 
     pixels = 128

@@ -8,15 +8,16 @@ the patch, instead of 9 per output,
     Y = A' [ sum over channels of (G w G') * (B' d B) ] A,
 
 with B, G and A that evaluate polynomials at m + 1 points and infinity: 0, +-1 for m = 2 (2.25 times fewer products), and
-0, +-5/8, +-3/2 for m = 4 (4 times fewer). These points halve the rounding error of the usual 0, +-1, +-2. In float32 the error
-of m = 4, relative to the largest output, is below 1e-6 + 2e-7 sqrt(C) over C channels, near that of a plain float32 sum; that of
-m = 2 is below it. Sums are in a fixed order: but for the gradient of the weight nothing depends on the number of threads.
+0, +-5/8, +-3/2 for m = 4 (4 times fewer). These points halve the rounding error of the usual 0, +-1, +-2. In float32 the
+error of m = 4, relative to the largest output, is below 1e-6 + 2e-7 sqrt(C) over C channels, near that of a plain float32
+sum; that of m = 2 is below it. Sums are in a fixed order: but for the gradient of the weight nothing depends on the number
+of threads.
 
 Gradients flow to ``x``, ``weight``, ``bias`` and ``residual``: that of x is a convolution of the same kind, that of the weight
 is oneDNN's. float32 on CPUs has kernels. Elsewhere the reference serves: cuDNN chooses minimal filtering by itself.
 
-Source: Winograd (1980), "Arithmetic complexity of computations"; Lavin and Gray (2016), "Fast algorithms for convolutional neural
-networks" (arXiv:1509.09308); Barabasz et al. (2020), arXiv:1803.10986, for the choice of points.
+Source: Winograd (1980), "Arithmetic complexity of computations"; Lavin and Gray (2016), "Fast algorithms for convolutional
+neural networks" (arXiv:1509.09308); Barabasz et al. (2020), arXiv:1803.10986, for the choice of points.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def test_transformed_weight_refuses_gradients():
     once = winograd_weight(filters(4, 3))
     with pytest.raises(ValueError, match="serves no gradients"):
         winograd_conv2d(draw(1, 3, 4, 4).requires_grad_(), once)
-    with pytest.raises(ValueError, match="cannot serve: .*float64"):
+    with pytest.raises(ValueError, match=r"cannot serve: .*float64"):
         winograd_weight(filters(4, 3).double())
 
 
