@@ -409,8 +409,9 @@ class DiffusionModel(Model):
         """The network as :meth:`sample` runs it.
 
         Args:
-            inference: "plain" is the network itself; "packed" a copy by :func:`fastgen.nn.inference.optimize` in float32,
-                "bfloat16" one in bfloat16, "compiled" one under ``torch.compile``. Copies are kept until the weights change.
+            inference: "plain" is the network itself; "packed" a copy by :func:`fastgen.nn.inference.optimize` in float32 (on
+                CPUs with Winograd's convolutions, at an error of rounding), "bfloat16" one in bfloat16, "compiled" one under
+                ``torch.compile``. Copies are kept until the weights change.
         """
         if inference == "plain":
             return self.network
