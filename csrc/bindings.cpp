@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "kernels.h"
+#include "launch.h"
 
 // units.inc, written by the build: UNIT(isa, op) for every unit that was compiled, the fastest instruction set first.
 #define UNIT(isa, op)             \
@@ -20,7 +21,9 @@ namespace py = pybind11;
 using fastgen::Argument;
 using fastgen::Kernel;
 
-constexpr int MOST_ARGUMENTS = 48;
+using fastgen::Launch;
+using fastgen::MOST_ARGUMENTS;
+
 PyObject* data_ptr_name;
 
 bool convert(PyObject* object, char letter, Argument& out) {
@@ -40,6 +43,12 @@ bool convert(PyObject* object, char letter, Argument& out) {
     out.pointer = PyLong_AsVoidPtr(object);
     return !PyErr_Occurred();
   }
+  fastgen::dlpack::Tensor tensor;
+  if (fastgen::Torch::get().describe(object, tensor)) {
+    out.pointer = fastgen::address(tensor);
+    return true;
+  }
+  PyErr_Clear();
   PyObject* address = PyObject_CallMethodNoArgs(object, data_ptr_name);
   if (!address) return false;
   out.pointer = PyLong_AsVoidPtr(address);
@@ -60,8 +69,6 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-PyMethodDef method = {"kernel", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call)), METH_FASTCALL, nullptr};
-
 const fastgen::Table* const units[] = {
 #define UNIT(isa, op) &fastgen::isa::op##_table,
 #include "units.inc"
@@ -79,6 +86,47 @@ bool runs_here(const char* isa) {
   return true;
 }
 
+// The instruction sets that this CPU can run, fastest first.
+const std::vector<std::string>& isas() {
+  static const std::vector<std::string> found = [] {
+    std::vector<std::string> out;
+    for (const fastgen::Table* table : units)
+      if (runs_here(table->isa) && std::find(out.begin(), out.end(), table->isa) == out.end()) out.push_back(table->isa);
+    return out;
+  }();
+  return found;
+}
+
+// Index in isas() of the set that launches use; -1 for none of them.
+int selected = -1;
+
+void use_isa(const std::string& isa) {
+  const auto found = std::find(isas().begin(), isas().end(), isa);
+  selected = found == isas().end() ? -1 : static_cast<int>(found - isas().begin());
+}
+
+PyObject* launch_call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return (*static_cast<const Launch*>(PyCapsule_GetPointer(self, nullptr)))(args, count, selected);
+}
+
+template <auto F>
+py::object function(const char* name, const py::object& self) {
+  static PyMethodDef method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(F)), METH_FASTCALL, nullptr};
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&method, self.ptr()));
+}
+
+// A function that launches the kernel of this name by the plan. It lives as long as the process.
+py::object launch(const std::string& name, const std::string& plan) {
+  std::vector<const Kernel*> kernels;
+  for (const std::string& isa : isas())
+    for (const fastgen::Table* table : units)
+      for (int i = 0; isa == table->isa && i < table->count; ++i)
+        if (name == table->kernels[i].name) kernels.push_back(&table->kernels[i]);
+  if (kernels.size() != isas().size()) throw py::key_error(name);
+  const auto made = py::reinterpret_steal<py::object>(PyCapsule_New(new Launch(kernels, plan), nullptr, nullptr));
+  return function<launch_call>("launch", made);
+}
+
 // isa -> name -> function, for the instruction sets that this CPU can run, fastest first.
 py::dict tables() {
   py::dict out;
@@ -89,7 +137,7 @@ py::dict tables() {
       const Kernel& kernel = table->kernels[i];
       if (strlen(kernel.signature) > MOST_ARGUMENTS) throw std::length_error(kernel.name);
       const auto capsule = py::reinterpret_steal<py::object>(PyCapsule_New(const_cast<Kernel*>(&kernel), nullptr, nullptr));
-      out[table->isa][kernel.name] = py::reinterpret_steal<py::object>(PyCFunction_New(&method, capsule.ptr()));
+      out[table->isa][kernel.name] = function<call>("kernel", capsule);
     }
   }
   return out;
@@ -109,5 +157,7 @@ PYBIND11_MODULE(_C, module) {
   data_ptr_name = PyUnicode_InternFromString("data_ptr");
   module.doc() = "CPU kernels of fastgen, by instruction set.";
   module.def("tables", &tables);
+  module.def("use_isa", &use_isa);
+  module.def("launch", &launch);
   module.def("signatures", &signatures);
 }

@@ -45,9 +45,11 @@ struct Strips {
   }
 
   // body(strip) for all strips, each with its noise: `given` in memory order, or drawn at the keys. `merge`: short
-  // contiguous rows may come as one strip under the number of the first.
+  // contiguous rows may come as one strip under the number of the first. `ahead`: the memory that bodies will take, from its
+  // first element on.
   template <class Body>
-  void run(const Keys& keys, const float* given, bool fast, bool merge, int64_t threads, Body&& body) const {
+  void run(const Keys& keys, const float* given, bool fast, bool merge, const Ahead& ahead, int64_t threads,
+           Body&& body) const {
     if (channels) {
       const int64_t total = tiling.rows * parts, batch = 4;
       parallel_for(ceil_div(total, batch), tiling.rows * tiling.event < SERIAL ? 1 : threads, [&](int64_t task) {
@@ -69,7 +71,7 @@ struct Strips {
       TileNoise drawn;
       const int64_t offset = tile.row * tiling.event + tile.begin;
       const float* noise = given ? given + offset : drawn.values;
-      if (!given) draw_tile<Normal>(keys, tile, fast, drawn.values);
+      if (!given) draw_tile<Normal>(keys, tile, fast, drawn.values, ahead.from(offset));
       if (merge) return body(Strip{tile.row, tile.part, offset, 1, tile.rows * tile.count, 0, noise});
       for (int64_t r = 0; r < tile.rows; ++r) {
         const int64_t skip = r * tile.count;  // rows are whole where there are several

@@ -5,53 +5,60 @@
 
 FASTGEN_BEGIN
 
-struct Words {
-  vu w[4];
-};
-
 // The ten round keys of a seed, each in a 64-bit word: read as a broadcast operand, they cost no instruction.
 struct Schedule {
-  uint64_t k0[10], k1[10];
+  uint64_t k0[10], k1[10], last;  // last: the tenth of both
   INLINE Schedule(uint32_t low, uint32_t high) {
     for (int round = 0; round < 10; ++round) {
       k0[round] = low + (uint32_t)round * 0x9E3779B9u;
       k1[round] = high + (uint32_t)round * 0xBB67AE85u;
     }
+    last = k0[9] | k1[9] << 32;
   }
 };
 
+// The words of B blocks of LANES quartets, paired as Box-Muller takes them. What stands in which lane of a[0 .. 2B) and b[0 .. 2B)
+// is the business of `in_order`. The blocks go in step: one alone would wait for its own multiplications.
 #if defined(__AVX2__)
 struct HalfCounters {  // every other counter of a vector, a word in each 64-bit lane
   vd c0, c1, c2, c3;
 };
-INLINE void philox_round(HalfCounters& c, uint64_t k0, uint64_t k1) {
-  const vd a = multiply_low(c.c0, 0xD2511F53u), b = multiply_low(c.c2, 0xCD9E8D57u);
-  c.c0 = (b >> 32) ^ c.c1 ^ k0;
-  c.c1 = b;
-  c.c2 = (a >> 32) ^ c.c3 ^ k1;
-  c.c3 = a;
-}
-INLINE Words philox(vu c0, vu c1, vu c2, vu c3, const Schedule& key) {
-  HalfCounters even{low_words(c0), low_words(c1), low_words(c2), low_words(c3)};
-  HalfCounters odd{high_words(c0), high_words(c1), high_words(c2), high_words(c3)};
-  for (int round = 0; round < 10; ++round) {
-    philox_round(even, key.k0[round], key.k1[round]);
-    philox_round(odd, key.k0[round], key.k1[round]);
+template <int B>
+INLINE void philox(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, const Schedule& key, vu (&a)[2 * B], vu (&b)[2 * B]) {
+  HalfCounters half[2 * B];
+  for (int i = 0; i < B; ++i) {
+    half[2 * i] = {low_words(c0[i]), low_words(c1[i]), low_words(c2), low_words(c3)};
+    half[2 * i + 1] = {high_words(c0[i]), high_words(c1[i]), high_words(c2), high_words(c3)};
   }
-  return {{join_words(even.c0, odd.c0), join_words(even.c1, odd.c1), join_words(even.c2, odd.c2), join_words(even.c3, odd.c3)}};
+#pragma GCC unroll 16
+  for (int round = 0; round < 9; ++round)
+    for (HalfCounters& c : half) {
+      const vd first = multiply_low(c.c0, 0xD2511F53u), second = multiply_low(c.c2, 0xCD9E8D57u);
+      c = {(second >> 32) ^ c.c1 ^ key.k0[round], second, (first >> 32) ^ c.c3 ^ key.k1[round], first};
+    }
+  for (int i = 0; i < 2 * B; ++i) {  // words 0 and 2 of a counter side by side, and 1 and 3: so they need no transposition
+    const HalfCounters& c = half[i];
+    const vd first = multiply_low(c.c0, 0xD2511F53u), second = multiply_low(c.c2, 0xCD9E8D57u);
+    a[i] = join_high(second, first) ^ join_low(c.c1, c.c3) ^ bits<vu>(vd{} + key.last);
+    b[i] = join_low(second, first);
+  }
 }
 #else
-INLINE Words philox(vu c0, vu c1, vu c2, vu c3, const Schedule& key) {
-  for (int round = 0; round < 10; ++round) {
-    vu high0, low0, high1, low1;
-    multiply_wide(c0, 0xD2511F53u, high0, low0);
-    multiply_wide(c2, 0xCD9E8D57u, high1, low1);
-    c0 = high1 ^ c1 ^ (uint32_t)key.k0[round];
-    c1 = low1;
-    c2 = high0 ^ c3 ^ (uint32_t)key.k1[round];
-    c3 = low0;
+template <int B>
+INLINE void philox(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, const Schedule& key, vu (&a)[2 * B], vu (&b)[2 * B]) {
+  for (int i = 0; i < B; ++i) {
+    vu w[4] = {c0[i], c1[i], c2, c3};
+    for (int round = 0; round < 10; ++round) {
+      vu high0, low0, high1, low1;
+      multiply_wide(w[0], 0xD2511F53u, high0, low0);
+      multiply_wide(w[2], 0xCD9E8D57u, high1, low1);
+      w[0] = high1 ^ w[1] ^ (uint32_t)key.k0[round];
+      w[1] = low1;
+      w[2] = high0 ^ w[3] ^ (uint32_t)key.k1[round];
+      w[3] = low0;
+    }
+    a[2 * i] = w[0], b[2 * i] = w[1], a[2 * i + 1] = w[2], b[2 * i + 1] = w[3];
   }
-  return {{c0, c1, c2, c3}};
 }
 #endif
 
@@ -67,65 +74,55 @@ constexpr float LOG[] = {-0.1744471937417984f, 0.28733691573143005f, -0.29904532
 constexpr float SIN[] = {-3.59504520019982e-05f, 0.00249000103212893f, -0.08074543625116348f, 0.7853981852531433f};
 constexpr float COS[] = {3.52876168108196e-06f, -0.0003259365039411932f, 0.015854323282837868f, -0.3084251284599304f, 1.0f};
 
-// Horner's rule on P arguments in step: one chain alone would wait for its own latencies.
+// Step n of Horner's rule on P arguments: one chain alone would wait for its own latencies.
 template <bool E, int P, int N>
-INLINE void horner(const float (&terms)[N], const vf (&x)[P], vf (&out)[P]) {
-  for (int i = 0; i < P; ++i) out[i] = splat(terms[0]);
-#pragma GCC unroll 16
-  for (int n = 1; n < N; ++n)
-    for (int i = 0; i < P; ++i) out[i] = multiply_add<E>(out[i], x[i], splat(terms[n]));
+INLINE void horner(const float (&terms)[N], int n, const vf (&x)[P], vf (&out)[P]) {
+  for (int i = 0; i < P; ++i)
+    if (n < N) out[i] = pinned(n ? multiply_add<E>(out[i], x[i], splat(terms[n])) : splat(terms[0]));
 }
 
 // Box-Muller on P pairs of words, in step.
 template <class Math, int P>
 INLINE void box_muller(const vu (&a)[P], const vu (&b)[P], vf (&x)[P], vf (&y)[P]) {
   constexpr bool E = Math::exact;
-  vf f[P], exponent[P], poly[P], radius[P], t[P], square[P], sine[P], cosine[P];
+  vf f[P], exponent[P], poly[P], t[P], square[P], sine[P], cosine[P];
   for (int i = 0; i < P; ++i) {
-    const vu word = bits<vu>(to_float(a[i]) + 0.5f) + (0x3F800000u - 0x3F3504F3u);
-    exponent[i] = to_float(bits<vi>(word >> 23) - (127 + 32));
+    const vu word = bits<vu>(to_float(a[i]) + 0.5f) + (0x3F800000u - 0x3F3504F3u - (159u << 23));  // 159 = 127 + 32
+    exponent[i] = to_float(bits<vi>(word) >> 23);
     f[i] = bits<vf>((word & 0x7FFFFFu) + 0x3F3504F3u) - 1.0f;
     t[i] = to_float(bits<vi>(b[i] << 2 | 2u)) * 4.656612873077393e-10f;
     square[i] = t[i] * t[i];
   }
-  horner<E>(LOG, f, poly);
+#pragma GCC unroll 16
+  for (int n = 0; n < 9; ++n) {
+    horner<E>(LOG, n, f, poly);
+    horner<E>(COS, n, square, cosine);
+    horner<E>(SIN, n, square, sine);
+  }
   for (int i = 0; i < P; ++i) {
     const vf minus_2_log = multiply_add<E>(f[i], poly[i], exponent[i] * -1.3862943649291992f);
-    radius[i] = E ? sqrt(minus_2_log) : sqrt_fast(minus_2_log);
-  }
-  horner<E>(SIN, square, sine);
-  horner<E>(COS, square, cosine);
-  for (int i = 0; i < P; ++i) {
     sine[i] = sine[i] * t[i];
     const vu turned = b[i] + 0x20000000u;  // bits 31 and 30: the quadrant
-    const auto swap = (turned & 0x40000000u) != 0u;
-    const vu xs = bits<vu>(swap ? sine[i] : cosine[i]) ^ ((turned + 0x40000000u) & 0x80000000u);
-    const vu ys = bits<vu>(swap ? cosine[i] : sine[i]) ^ (turned & 0x80000000u);
-    x[i] = radius[i] * bits<vf>(xs);
-    y[i] = radius[i] * bits<vf>(ys);
+    const vf radius = bits<vf>(bits<vu>(sqrt(minus_2_log)) ^ (turned & 0x80000000u));
+    quarter_turn(turned, cosine[i], sine[i]);
+    x[i] = radius * cosine[i];
+    y[i] = radius * sine[i];
   }
 }
 
-// What to make of the words of a quartet.
+// What to make of the words.
 struct Normal {
-  template <class Math>
-  static INLINE void draw(const Words& words, bool both_pairs, vf* out) {
-    if (both_pairs) {
-      vf x[2], y[2];
-      box_muller<Math, 2>({words.w[0], words.w[2]}, {words.w[1], words.w[3]}, x, y);
-      out[0] = x[0], out[1] = y[0], out[2] = x[1], out[3] = y[1];
-    } else {
-      vf x[1], y[1];
-      box_muller<Math, 1>({words.w[0]}, {words.w[1]}, x, y);
-      out[0] = x[0], out[1] = y[0], out[2] = out[3] = vf{};
-    }
+  template <class Math, int P>
+  static INLINE void draw(const vu (&a)[P], const vu (&b)[P], vf (&x)[P], vf (&y)[P]) {
+    box_muller<Math>(a, b, x, y);
   }
 };
 
 struct Uniform {
-  template <class Math>
-  static INLINE void draw(const Words& words, bool, vf* out) {
-    for (int i = 0; i < 4; ++i) out[i] = (to_float(bits<vi>(words.w[i] >> 9)) + 0.5f) * 1.1920928955078125e-07f;
+  static INLINE vf of(vu word) { return (to_float(bits<vi>(word >> 9)) + 0.5f) * 1.1920928955078125e-07f; }
+  template <class Math, int P>
+  static INLINE void draw(const vu (&a)[P], const vu (&b)[P], vf (&x)[P], vf (&y)[P]) {
+    for (int i = 0; i < P; ++i) x[i] = of(a[i]), y[i] = of(b[i]);
   }
 };
 
@@ -146,73 +143,147 @@ struct Keys {
   }
 };
 
-// Elements [begin, begin + count) of one sample; begin is a multiple of 4. Writes up to 4 * LANES - 1 floats beyond count.
-template <class Kind, class Math>
-INLINE void draw_row(const Keys& keys, int64_t sample, int64_t begin, int64_t count, float* out) {
-  const Keys::Row row = keys.row(sample);
-  const Schedule schedule(row.seed_low, row.seed_high);
-  const vu c1 = splat_u(row.c1), c2 = splat_u(row.c2), c3 = splat_u(row.c3);
-  vu c0 = quartet_of_lane() + (uint32_t)(begin / 4);
-  for (int64_t i = 0; i < count; i += 4 * LANES) {
-    vf z[4];
-    Kind::template draw<Math>(philox(c0, c1, c2, c3, schedule), true, z);
-    transpose4(z[0], z[1], z[2], z[3]);
-    for (int k = 0; k < 4; ++k) store(out + i + k * LANES, z[k]);
-    c0 = c0 + (uint32_t)LANES;
+// Blocks of LANES quartets that are drawn in step: as many as there are registers for.
+constexpr int STEP = LANES == 16 ? 2 : 1;
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+// body(i, Count<B>) for blocks [i, i + B), until all `blocks` are done.
+template <class Body>
+INLINE void in_steps(int64_t blocks, Body&& body) {
+  int64_t i = 0;
+  for (; STEP > 1 && i + STEP <= blocks; i += STEP) body(i, Count<STEP>{});
+  for (; i < blocks; ++i) body(i, Count<1>{});
+}
+
+// The elements of B blocks of quartets, 4 * LANES a block.
+template <class Kind, class Math, int B>
+INLINE void draw_blocks(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, const Schedule& schedule, float* out) {
+  vu a[2 * B], b[2 * B];
+  vf x[2 * B], y[2 * B], z[4];
+  philox(c0, c1, c2, c3, schedule, a, b);
+  Kind::template draw<Math>(a, b, x, y);
+  for (int i = 0; i < B; ++i) {
+    in_order(x[2 * i], y[2 * i], x[2 * i + 1], y[2 * i + 1], z);
+    for (int k = 0; k < 4; ++k) store(out + (4 * i + k) * LANES, z[k]);
   }
 }
 
-// Whole short rows back to back: lanes run over (sample, quartet), so that no lane idles when a row has few elements.
-template <class Kind, class Math>
-INLINE void draw_short_rows(const Keys& keys, int64_t first, int64_t rows, int64_t event, float* out) {
-  const int64_t quartets = ceil_div(event, 4), total = rows * quartets;
-  // Where one key serves all and rows fill vectors evenly, counters are the same from vector to vector but for c1.
-  const bool even = keys.count == 1 && LANES % quartets == 0;
-  uint32_t order[LANES], quartet_of[LANES], row_of[LANES];
-  store(order, quartet_of_lane());
-  for (int lane = 0; lane < LANES; ++lane) {
-    quartet_of[lane] = (uint32_t)(order[lane] % quartets);
-    row_of[lane] = (uint32_t)(order[lane] / quartets);
+// The first one or two elements of the quartets of B blocks, in the order of the lanes.
+template <class Kind, class Math, int B>
+INLINE void draw_pairs(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, const Schedule& schedule, int64_t event, float* out) {
+  vu a[2 * B], b[2 * B], first[B], second[B];
+  vf x[B], y[B];
+  philox(c0, c1, c2, c3, schedule, a, b);
+  for (int i = 0; i < B; ++i) first[i] = leading(a[2 * i], a[2 * i + 1]), second[i] = leading(b[2 * i], b[2 * i + 1]);
+  Kind::template draw<Math>(first, second, x, y);
+  for (int i = 0; i < B; ++i) {
+    vf low, high;
+    interleave(x[i], y[i], low, high);
+    store(out + event * LANES * i, event == 2 ? low : x[i]);
+    if (event == 2) store(out + event * LANES * i + LANES, high);
   }
-  for (int64_t at = 0; at < total;) {
-    const int64_t row = at / quartets, quartet = at % quartets;
-    const Keys::Row lead = keys.row(first + row);
-    int64_t used = min(LANES, total - at);
-    vu c0, c1, c2, c3;
-    if (even && used == LANES && lead.c1 <= 0xFFFFFFFFu - LANES) {
-      c0 = load<vu>(quartet_of), c1 = load<vu>(row_of) + lead.c1, c2 = splat_u(lead.c2), c3 = splat_u(lead.c3);
-    } else {
-      uint32_t slots[4][LANES] = {}, lanes[4][LANES];
-      int64_t r = row, q = quartet;
-      for (int64_t s = 0; s < used; ++s) {
-        const Keys::Row current = keys.row(first + r);
-        if (current.seed_low != lead.seed_low || current.seed_high != lead.seed_high) {
-          used = s;  // a vector has one seed
-          break;
-        }
-        slots[0][s] = (uint32_t)q, slots[1][s] = current.c1, slots[2][s] = current.c2, slots[3][s] = current.c3;
-        if (++q == quartets) q = 0, ++r;
-      }
-      for (int word = 0; word < 4; ++word)
-        for (int lane = 0; lane < LANES; ++lane) lanes[word][lane] = slots[word][order[lane]];
-      c0 = load<vu>(lanes[0]), c1 = load<vu>(lanes[1]), c2 = load<vu>(lanes[2]), c3 = load<vu>(lanes[3]);
+}
+
+// What an op will read and write beside the noise of a tile: drawing takes no memory bandwidth, so that these lines are fetched
+// meanwhile. An address is that of the tile's first element.
+class Ahead {
+  const char* first[4];
+  int64_t size[4], count = 0;
+
+ public:
+  template <class T>
+  INLINE Ahead& add(const T* p) {
+    if (p) first[count] = (const char*)p, size[count++] = sizeof(T);
+    return *this;
+  }
+  // the same from a later element on
+  INLINE Ahead from(int64_t element) const {
+    Ahead out = *this;
+    for (int64_t i = 0; i < count; ++i) out.first[i] += element * size[i];
+    return out;
+  }
+  // fetches `elements` from `begin` on, every other line: caches take them by twos. Addresses beyond the end do no harm
+  INLINE void fetch(int64_t begin, int64_t elements) const {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t b = begin * size[i]; b < (begin + elements) * size[i]; b += 128) __builtin_prefetch(first[i] + b);
+  }
+};
+
+// Elements [begin, begin + count) of one sample; begin is a multiple of 4. Writes up to 4 * LANES - 1 floats beyond count.
+template <class Kind, class Math>
+INLINE void draw_row(const Keys& keys, int64_t sample, int64_t begin, int64_t count, float* out, const Ahead& ahead = {}) {
+  const Keys::Row row = keys.row(sample);
+  const Schedule schedule(row.seed_low, row.seed_high);
+  const vu c2 = splat_u(row.c2), c3 = splat_u(row.c3);
+  const vu first = quartet_of_lane() + (uint32_t)(begin / 4);
+  in_steps(ceil_div(count, 4 * LANES), [&](int64_t block, auto blocks) INLINED {
+    ahead.fetch(4 * LANES * block, 4 * LANES * blocks.value);
+    vu c0[blocks.value], c1[blocks.value];
+    for (int i = 0; i < blocks.value; ++i) c0[i] = first + (uint32_t)(LANES * (block + i)), c1[i] = splat_u(row.c1);
+    draw_blocks<Kind, Math>(c0, c1, c2, c3, schedule, out + 4 * LANES * block);
+  });
+}
+
+// Whole short rows back to back: lanes run over (sample, quartet), so that few idle when a row has few elements. Writes up to
+// 4 * LANES - 1 floats beyond the last.
+template <class Kind, class Math>
+INLINE void draw_short_rows(const Keys& keys, int64_t first, int64_t rows, int64_t event, float* out, const Ahead& ahead) {
+  const bool pairs = event <= 2;  // all of a row in the first two words
+  const int64_t quartets = ceil_div(event, 4), total = rows * quartets;
+  const vu order = pairs ? natural_order() : quartet_of_lane();
+
+  // the quartets [at, at + LANES * B), of which those from `total` on do not count
+  const auto draw = [&](int64_t at, const auto& c0, const auto& c1, vu c2, vu c3, const Schedule& schedule,
+                        auto blocks) INLINED {
+    constexpr int B = decltype(blocks)::value;
+    ahead.fetch(min(event, 4) * at, min(event, 4) * LANES * B);
+    if (pairs) return draw_pairs<Kind, Math, B>(c0, c1, c2, c3, schedule, event, out + at * event);
+    if (event % 4 == 0) return draw_blocks<Kind, Math, B>(c0, c1, c2, c3, schedule, out + 4 * at);
+    float values[4 * LANES * B];
+    draw_blocks<Kind, Math, B>(c0, c1, c2, c3, schedule, values);
+    const int64_t end = min(total, at + LANES * B);
+    int64_t row = at / quartets, quartet = at % quartets;
+    for (int64_t s = at; s < end; ++s) {  // what stands beyond a row is overwritten by the next
+      memcpy(out + row * event + 4 * quartet, values + 4 * (s - at), 4 * sizeof(float));
+      if (++quartet == quartets) quartet = 0, ++row;
     }
-    vf z[4];
-    Kind::template draw<Math>(philox(c0, c1, c2, c3, Schedule(lead.seed_low, lead.seed_high)), event > 2, z);
-    transpose4(z[0], z[1], z[2], z[3]);
-    if (event % 4 == 0 && used == LANES) {  // quartets stand back to back in the output too
-      for (int k = 0; k < 4; ++k) store(out + 4 * at + k * LANES, z[k]);
-    } else {
-      float values[4 * LANES];
-      for (int k = 0; k < 4; ++k) store(values + k * LANES, z[k]);
-      int64_t r = row, q = quartet;
-      for (int64_t s = 0; s < used; ++s) {
-        const int64_t n = min(4, event - 4 * q);
-        for (int64_t i = 0; i < n; ++i) out[r * event + 4 * q + i] = values[4 * s + i];
-        if (++q == quartets) q = 0, ++r;
+  };
+
+  const Keys::Row lead = keys.row(first);
+  if (keys.count == 1 && lead.c1 <= 0xFFFFFFFFu - (uint32_t)rows) {  // counters are arithmetic
+    const Schedule schedule(lead.seed_low, lead.seed_high);
+    const vu c2 = splat_u(lead.c2), c3 = splat_u(lead.c3);
+    const float inverse = 1.0f / (float)quartets;
+    return in_steps(ceil_div(total, LANES), [&](int64_t block, auto blocks) INLINED {
+      vu c0[blocks.value], c1[blocks.value];
+      for (int i = 0; i < blocks.value; ++i) {
+        const vu slot = order + (uint32_t)(LANES * (block + i));
+        const vu row = bits<vu>(to_int((to_float(bits<vi>(slot)) + 0.5f) * inverse));  // exact for slots of a tile
+        c0[i] = slot - row * (uint32_t)quartets;
+        c1[i] = row + lead.c1;
       }
+      draw(LANES * block, c0, c1, c2, c3, schedule, blocks);
+    });
+  }
+  uint32_t lane_of[LANES];
+  store(lane_of, order);
+  for (int64_t at = 0, used; at < total; at += used) {
+    const Keys::Row front = keys.row(first + at / quartets);
+    uint32_t slots[4][LANES] = {}, lanes[4][LANES];
+    int64_t row = at / quartets, quartet = at % quartets;
+    for (used = 0; used < min(LANES, total - at); ++used) {
+      const Keys::Row current = keys.row(first + row);
+      // a vector has one seed
+      if (current.seed_low != front.seed_low || current.seed_high != front.seed_high) break;
+      slots[0][used] = (uint32_t)quartet, slots[1][used] = current.c1, slots[2][used] = current.c2, slots[3][used] = current.c3;
+      if (++quartet == quartets) quartet = 0, ++row;
     }
-    at += used;
+    for (int word = 0; word < 4; ++word)
+      for (int lane = 0; lane < LANES; ++lane) lanes[word][lane] = slots[word][lane_of[lane]];
+    const vu c0[1] = {load<vu>(lanes[0])}, c1[1] = {load<vu>(lanes[1])};
+    draw(at, c0, c1, load<vu>(lanes[2]), load<vu>(lanes[3]), Schedule(front.seed_low, front.seed_high), Count<1>{});
   }
 }
 
@@ -223,19 +294,19 @@ struct alignas(64) TileNoise {
 
 // The noise of one tile, rows back to back.
 template <class Kind, class Math>
-inline void draw_tile(const Keys& keys, const Tile& tile, float* out) {
+inline void draw_tile(const Keys& keys, const Tile& tile, float* out, const Ahead& ahead) {
   if (tile.count == 0) return;  // there may be no key at all: an empty tensor has no address
-  if (tile.count % (4 * LANES) == 0 || tile.rows == 1) {
-    for (int64_t r = 0; r < tile.rows; ++r)
-      draw_row<Kind, Math>(keys, tile.row + r, tile.begin, tile.count, out + r * tile.count);
+  if (tile.count % (4 * LANES) == 0 || tile.count > 8 * LANES || tile.rows == 1) {
+    for (int64_t r = 0; r < tile.rows; ++r)  // what is written beyond a row is overwritten by the next
+      draw_row<Kind, Math>(keys, tile.row + r, tile.begin, tile.count, out + r * tile.count, ahead.from(r * tile.count));
   } else {
-    draw_short_rows<Kind, Math>(keys, tile.row, tile.rows, tile.count, out);
+    draw_short_rows<Kind, Math>(keys, tile.row, tile.rows, tile.count, out, ahead);
   }
 }
 template <class Kind>
-inline void draw_tile(const Keys& keys, const Tile& tile, bool fast, float* out) {
-  if (fast) draw_tile<Kind, Fast>(keys, tile, out);
-  else draw_tile<Kind, Exact>(keys, tile, out);
+inline void draw_tile(const Keys& keys, const Tile& tile, bool fast, float* out, const Ahead& ahead = {}) {
+  if (fast) draw_tile<Kind, Fast>(keys, tile, out, ahead);
+  else draw_tile<Kind, Exact>(keys, tile, out, ahead);
 }
 
 FASTGEN_END

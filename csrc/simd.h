@@ -20,6 +20,7 @@
 #define FASTGEN_BEGIN namespace fastgen { namespace FASTGEN_ISA {
 #define FASTGEN_END }}
 #define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // of a lambda
 
 FASTGEN_BEGIN
 
@@ -82,11 +83,19 @@ INLINE vd multiply_low(vd a, uint32_t b) {  // low words times b, as 64 bits
 }
 INLINE vd low_words(vu a) { return bits<vd>(a); }
 INLINE vd high_words(vu a) { return bits<vd>(a) >> 32; }
-INLINE vu join_words(vd low, vd high) {
+// The low words of two vectors, or their high words, side by side.
+INLINE vu join_low(vd first, vd second) {
 #if defined(__AVX512F__)
-  return (vu)_mm512_mask_blend_epi32(0xAAAA, (__m512i)low, (__m512i)(high << 32));
+  return (vu)_mm512_mask_shuffle_epi32((__m512i)first, 0xAAAA, (__m512i)second, _MM_PERM_CCAA);
 #else
-  return (vu)_mm256_blend_epi32((__m256i)low, (__m256i)(high << 32), 0xAA);
+  return (vu)_mm256_blend_epi32((__m256i)first, (__m256i)(second << 32), 0xAA);
+#endif
+}
+INLINE vu join_high(vd first, vd second) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_mask_shuffle_epi32((__m512i)second, 0x5555, (__m512i)first, _MM_PERM_DDBB);
+#else
+  return (vu)_mm256_blend_epi32((__m256i)(first >> 32), (__m256i)second, 0xAA);
 #endif
 }
 #else
@@ -108,11 +117,10 @@ INLINE vf to_float(vu a) {  // rounded once, to nearest even
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtepu32_ps((__m512i)a);
 #elif defined(__AVX2__)
-  // there is no unsigned conversion: both halves are exact, so that only the sum rounds
-  const __m256i value = (__m256i)a;
-  const __m256 high = _mm256_cvtepi32_ps(_mm256_srli_epi32(value, 16));
-  const __m256 low = _mm256_cvtepi32_ps(_mm256_and_si256(value, _mm256_set1_epi32(0xFFFF)));
-  return (vf)_mm256_add_ps(_mm256_mul_ps(high, _mm256_set1_ps(65536.0f)), low);
+  // there is no unsigned conversion: the halves are put into the mantissas of 2^39 and 2^23, and only the sum rounds
+  const __m256i low = _mm256_blend_epi16((__m256i)a, _mm256_set1_epi32(0x4B000000), 0xAA);
+  const __m256i high = (__m256i)(a >> 16 | 0x53000000u);
+  return (vf)_mm256_add_ps(_mm256_sub_ps((__m256)high, _mm256_set1_ps(549764202496.0f)), (__m256)low);
 #elif defined(FASTGEN_NEON)
   return (vf)vcvtq_f32_u32((uint32x4_t)a);
 #else
@@ -164,15 +172,14 @@ INLINE vf multiply_add(vf a, vf b, vf c) {
 }
 INLINE vf fma(vf a, vf b, vf c) { return multiply_add<false>(a, b, c); }
 
-INLINE vf sqrt_fast(vf a) {  // of a >= 0: to 2 ulp where the machine has a fast estimate
+// x, computed where it stands: chains that are written in step stay in step, where GCC would take up one after the other.
+INLINE vf pinned(vf x) {
 #if defined(__AVX512F__)
-  // one Newton step on the 14-bit estimate of 1 / sqrt(a); the mask keeps 0 * infinity out
-  const vf y = (vf)_mm512_maskz_rsqrt14_ps(_mm512_cmp_ps_mask((__m512)a, _mm512_setzero_ps(), _CMP_GT_OQ), (__m512)a);
-  const vf root = a * y;
-  return fma(fma(root * -0.5f, y, splat(0.5f)), root, root);
-#else
-  return sqrt(a);
+  asm("" : "+v"(x));
+#elif defined(__AVX2__)
+  asm("" : "+x"(x));
 #endif
+  return x;
 }
 
 // The smaller or the larger of x and the bound; NaN stays NaN. (The masked forms keep GCC 12 from warning of its headers.)
@@ -401,13 +408,65 @@ INLINE void deinterleave(vf low, vf high, vf& a, vf& b) {
 #endif
 }
 
-// Which quartet each lane computes so that transpose4 leaves the elements in order: lane 4g + k holds k * LANES / 4 + g.
+// (cosine, sine) turns to (-sine, cosine) where bit 30 of `angle` is set.
+INLINE void quarter_turn(vu angle, vf& cosine, vf& sine) {
+#if defined(__AVX512F__)
+  const __mmask16 turn = _mm512_test_epi32_mask((__m512i)angle, _mm512_set1_epi32(0x40000000));
+  const __m512i c = (__m512i)cosine, s = (__m512i)sine;
+  cosine = (vf)_mm512_mask_xor_epi32(c, turn, s, _mm512_set1_epi32((int)0x80000000u));
+  sine = (vf)_mm512_mask_mov_epi32(s, turn, c);
+#else
+  const auto turn = (angle & 0x40000000u) != 0u;
+  const vf c = cosine, s = sine;
+  cosine = bits<vf>(turn ? bits<vu>(s) ^ 0x80000000u : bits<vu>(c));
+  sine = turn ? c : s;
+#endif
+}
+
+// Elements of LANES quartets in order, from the pairs (x0, y0) and (x1, y1) that random.h makes of their words; and which
+// quartet stands in which lane of its counters for that.
+INLINE void in_order(vf x0, vf y0, vf x1, vf y1, vf (&out)[4]) {
+#if defined(__AVX512F__)
+  // a quartet takes two lanes: x0 and y0 hold those of even counters, x1 and y1 those of odd ones
+  out[0] = (vf)_mm512_unpacklo_ps((__m512)x0, (__m512)y0), out[1] = (vf)_mm512_unpackhi_ps((__m512)x0, (__m512)y0);
+  out[2] = (vf)_mm512_unpacklo_ps((__m512)x1, (__m512)y1), out[3] = (vf)_mm512_unpackhi_ps((__m512)x1, (__m512)y1);
+#elif defined(__AVX2__)
+  out[0] = (vf)_mm256_unpacklo_ps((__m256)x0, (__m256)y0), out[1] = (vf)_mm256_unpackhi_ps((__m256)x0, (__m256)y0);
+  out[2] = (vf)_mm256_unpacklo_ps((__m256)x1, (__m256)y1), out[3] = (vf)_mm256_unpackhi_ps((__m256)x1, (__m256)y1);
+#else
+  out[0] = x0, out[1] = y0, out[2] = x1, out[3] = y1;
+  transpose4(out[0], out[1], out[2], out[3]);
+#endif
+}
+// The first pair of every quartet, from words that stand as `in_order` takes them, in the order of the counters.
+INLINE vu leading(vu first, vu second) {
+#if defined(__AVX2__)
+  return join_low(bits<vd>(first), bits<vd>(second));
+#else
+  (void)second;
+  return first;
+#endif
+}
+INLINE vu natural_order() {
+#ifdef FASTGEN_ONE_LANE
+  return 0;
+#else
+  vu out{};
+  for (int lane = 0; lane < LANES; ++lane) out[lane] = (uint32_t)lane;
+  return out;
+#endif
+}
 INLINE vu quartet_of_lane() {
 #ifdef FASTGEN_ONE_LANE
   return 0;
 #else
   vu out{};
+#if defined(__AVX2__)
+  for (int lane = 0; lane < LANES; ++lane)
+    out[lane] = (uint32_t)(lane % 2 * (LANES / 2) + lane / 2 % 2 * (LANES / 4) + lane / 4);
+#else
   for (int lane = 0; lane < LANES; ++lane) out[lane] = (uint32_t)(lane % 4 * (LANES / 4) + lane / 4);
+#endif
   return out;
 #endif
 }

@@ -288,7 +288,7 @@ CASES = (
         "DDIM sampling, that network, batch 8, against DDIMPipeline",
         "5 steps, all alike",
         _ddim,
-        (Goal(_BFLOAT16, (_DIFFUSERS,), 3),),
+        (Goal(_BFLOAT16, (_DIFFUSERS,), 3), Goal(_FLOAT32, (_DIFFUSERS,), 3)),
         rounds=3,
     ),
     Case(

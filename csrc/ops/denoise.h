@@ -60,13 +60,14 @@ struct LogVariance {
 
 // The noise of a tile, skipping the rows that take none.
 template <class T, class M>
-INLINE void denoise_noise(const DenoiseInputs<T, M>& in, const Keys& keys, const Tile& tile, bool fast, float* out) {
+INLINE void denoise_noise(const DenoiseInputs<T, M>& in, const Keys& keys, const Tile& tile, bool fast, float* out,
+                          const Ahead& ahead = {}) {
   for (int64_t r = 0; r < tile.rows;) {
     const int64_t first = r;
     while (r < tile.rows && in.row(tile.row + r).S != 0.0f) ++r;
     if (r > first)
       draw_tile<Normal>(keys, Tile{tile.row + first, r - first, tile.begin, tile.count, tile.part}, fast,
-                        out + first * tile.count);
+                        out + first * tile.count, ahead.from(first * tile.count));
     else ++r;
   }
 }
@@ -80,7 +81,12 @@ inline void denoise_fwd_as(const DenoiseInputs<T, M>& in, Keys keys, const float
   const bool together = in.alike() && (!variance.values || (variance.stride == in.event && !variance.bounds_stride));
   tiling.run(threads, [&](const Tile& tile) {
     TileNoise drawn;
-    if (!given) denoise_noise(in, keys, tile, fast, drawn.values);
+    if (!given) {
+      const int64_t offset = tile.row * in.event + tile.begin;
+      const M* model = in.model_out + tile.row * in.model_stride + tile.begin;
+      denoise_noise(in, keys, tile, fast, drawn.values,
+                    Ahead().add(in.x + offset).add(model).add(x_next + offset).add(x0 ? x0 + offset : nullptr));
+    }
     const int64_t rows = together ? 1 : tile.rows, count = together ? tile.rows * tile.count : tile.count;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t sample = tile.row + r, base = sample * in.event;

@@ -19,7 +19,8 @@ template <class T>
 INLINE void diffuse_fwd_as(int64_t rows, int64_t event, int64_t channels, const T* x0, Rows coefficients, Keys keys,
                            const float* given, T* x_t, T* target, bool fast, int64_t threads) {
   const Strips strips(rows, event, given ? 0 : channels);  // given noise lies as x0 does
-  strips.run(keys, given, fast, coefficients.stride == 0, threads, [&](const Strip& strip) {
+  const Ahead ahead = Ahead().add(x0).add(x_t).add(target);
+  strips.run(keys, given, fast, coefficients.stride == 0, ahead, threads, [&](const Strip& strip) {
     const float* row = coefficients[strip.row];
     const vf a = splat(row[0]), b = splat(row[1]), c = splat(row[2]), d = splat(row[3]);
     for (int64_t k = 0; k < strip.runs; ++k) {

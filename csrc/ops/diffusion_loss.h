@@ -25,7 +25,8 @@ inline void diffusion_loss_fwd_as(int64_t rows, int64_t event, int64_t channels,
   // a row of several strips leaves one partial sum per strip, added up in order at the end
   double* partial = strips.parts > 1 ? new double[rows * strips.parts] : nullptr;
   const vf high = splat(delta), low = splat(-delta);
-  strips.run(keys, given, fast, false, threads, [&](const Strip& strip) {
+  const Ahead ahead = Ahead().add(model_out).add(x0).add(slope);
+  strips.run(keys, given, fast, false, ahead, threads, [&](const Strip& strip) {
     const float* row = coefficients[strip.row];
     const vf c = splat(-row[2]), d = splat(-row[3]);
     vf total{};

@@ -7,7 +7,7 @@
 
 from fastgen.data.arrays import check_samples
 from fastgen.data.catalogue import Entry, as_source, describe, load, names
-from fastgen.data.folder import FolderSource
+from fastgen.data.folder import FolderSource, ImageFiles
 from fastgen.data.glyphs import load_glyphs
 from fastgen.data.source import ArraySource, DatasetSource, Source, StreamSource
 from fastgen.data.toy import ToyDensity, ToySource, toy
@@ -17,6 +17,7 @@ __all__ = [
     "DatasetSource",
     "Entry",
     "FolderSource",
+    "ImageFiles",
     "Source",
     "StreamSource",
     "ToyDensity",

@@ -26,7 +26,7 @@ from fastgen._extras import require
 from fastgen.data.arrays import shape_text
 from fastgen.data.source import Source, check_split, digest, mixed_order, ranked_split
 
-__all__ = ["SUFFIXES", "FolderSource"]
+__all__ = ["SUFFIXES", "FolderSource", "ImageFiles"]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -79,8 +79,8 @@ def _reason(error: Exception) -> str:
     return "not an image" if "cannot identify image file" in text else text or type(error).__name__
 
 
-def _decode(path: Path, image_size: int | None, channels: int) -> Tensor:
-    """uint8 [C, H, W]."""
+def _decode(path: Path, size: tuple[int, int] | None, channels: int) -> Tensor:
+    """uint8 [C, H, W], fitted to ``size`` (H, W)."""
     from PIL import ImageOps
 
     pillow = _pillow()
@@ -94,8 +94,8 @@ def _decode(path: Path, image_size: int | None, channels: int) -> Tensor:
                 image = image.convert("RGBA")
                 image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
             image = image.convert("L" if channels == 1 else "RGB")
-            if image_size is not None and image.size != (image_size, image_size):
-                image = ImageOps.fit(image, (image_size, image_size), method=pillow.Resampling.BICUBIC)
+            if size is not None and image.size != size[::-1]:
+                image = ImageOps.fit(image, size[::-1], method=pillow.Resampling.BICUBIC)
             return torch.from_numpy(np.array(image)).reshape(image.height, image.width, channels).permute(2, 0, 1)
     except _damage() as error:
         raise ValueError(f"cannot read image {path}: {_reason(error)}") from error
@@ -195,7 +195,8 @@ class FolderSource(Source):
         return len(self.paths)
 
     def _image(self, index: int) -> Tensor:
-        image = _decode(self.paths[index], self.image_size, self.channels)
+        size = None if self.image_size is None else (self.image_size, self.image_size)
+        image = _decode(self.paths[index], size, self.channels)
         self._check_size(self.paths[index], *image.shape[1:])
         return image
 
@@ -205,3 +206,42 @@ class FolderSource(Source):
         x = torch.stack(images) if images else torch.empty(0, *self.event_shape)
         x = x.float().div_(255)
         return (x,) if self.y is None else (x, self.y[indices])
+
+
+class ImageFiles:
+    """An image, or those of a folder by name, that samples go through by their index: a function from indices to images.
+
+    They are decoded when they are asked for, resized (antialiased, centre crop) to the size that is wanted.
+
+    Args:
+        path: a file, or a folder whose images are taken with those of its sub-folders.
+        shape: (C, H, W) of the images that are wanted.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: no images there, one that cannot be read, or 2 channels or more than 3.
+    """
+
+    def __init__(self, path: Path | str, shape: tuple[int, ...]) -> None:
+        root = Path(path).expanduser()
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            raise ValueError(f"{root}: image files can stand for samples of 1 or 3 channels, not for those of shape {shape}")
+        if not root.exists():
+            raise FileNotFoundError(f"no such file or folder: {root}")
+        self.paths = _images_below(root) if root.is_dir() else [root]
+        if not self.paths:
+            raise ValueError(f"no images in {root}; known formats: {' '.join(s[1:] for s in SUFFIXES)}")
+        self.shape = tuple(shape)
+        _threaded(_read_header, self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        """Images in [0, 1] of samples, [n, C, H, W] on the device of ``indices``: that of sample i is number i mod length."""
+        chosen = (indices % len(self.paths)).tolist()
+        once = sorted(set(chosen))
+        images = _threaded(lambda i: _decode(self.paths[i], (self.shape[1], self.shape[2]), self.shape[0]), once)
+        place = {i: k for k, i in enumerate(once)}
+        x = torch.stack(images)[[place[i] for i in chosen]]
+        return x.to(indices.device, torch.float32).div_(255)

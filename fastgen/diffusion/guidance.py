@@ -1,7 +1,8 @@
 """What steers the sampling of a trained model: the gradient of a classifier, and parts of the result that are known.
 
 Each is made for an argument of ``model.sample``: ``adjust`` changes the estimate of the data before a step uses it,
-``callback`` the state after a step. Classifier-free guidance needs neither: it is ``guidance=``; image-to-image is ``init=``.
+``callback`` the state after a step. Three things have arguments of their own: classifier-free guidance is ``guidance=``,
+image-to-image ``init=``, and inpainting ``inpaint=`` and ``mask=``, which :func:`keep_known` serves.
 
 Sources: Dhariwal and Nichol (2021), "Diffusion models beat GANs on image synthesis", algorithm 2 in the form for any sampler;
 Lugmayr et al. (2022), "RePaint: inpainting using denoising diffusion probabilistic models", equation 8.
@@ -46,20 +47,20 @@ def classifier_guidance(
     return adjust
 
 
-def keep_known(known: Tensor, mask: Tensor, key: Tensor) -> Callable[[Step], Tensor]:
+def keep_known(known: Tensor, where: Tensor, key: Tensor) -> Callable[[Step], Tensor]:
     """A ``callback`` for inpainting: after each step what is known takes the place of what was sampled, noised as the state is.
 
     Args:
         known: [N, ...] in the range inside the model.
-        mask: broadcast against ``known``: 1 (or True) where it is known.
+        where: broadcast against ``known``: 1 (or True) where it is known.
         key: of the noise that the known part gets, drawn at its stream ``DIFFUSE``.
     """
-    mask = mask.to(device=known.device, dtype=torch.bool)
+    where = where.to(device=known.device, dtype=torch.bool)
 
     def callback(step: Step) -> Tensor:
         zero = torch.zeros_like(step.alpha)
         row = torch.stack([step.alpha, step.sigma, zero, zero])
         place = random.at(key, stream=Stream.DIFFUSE, step=step.step)
-        return torch.where(mask, ops.diffuse(known, row, place, target=False).x_t, step.x)
+        return torch.where(where, ops.diffuse(known, row, place, target=False).x_t, step.x)
 
     return callback

@@ -17,10 +17,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastgen import ops, random, registry
 from fastgen.diffusion.ddpm import DDPM, DDPMConfig
-from fastgen.diffusion.model import DiffusionLoss
+from fastgen.diffusion.model import DiffusionLoss, Given, given_mask, given_samples
 from fastgen.nn.model import Batch, Model, Phase, split_batch
 from fastgen.random import Stream
 from fastgen.registry import register
@@ -153,7 +154,45 @@ class LatentDiffusion(Model):
         variance = self.latent_std.square().lerp(spread, weight)
         self.latent_std.copy_(variance.clamp(min=1e-8).sqrt())
 
+    def _given(self, given: Given, name: str, indices: Tensor) -> Tensor:
+        shape = self.config.event_shape
+        return given_samples(given, indices, shape, name, images=len(shape) == 3)
+
     @torch.no_grad()
     @functools.wraps(DDPM.sample)  # its options
-    def sample(self, n: int, *, key: Tensor | None = None, **options: Any) -> Tensor:  # type: ignore[override]
-        return self.decode(self.prior.sample(n, key=key, **options))
+    def sample(  # type: ignore[override]
+        self,
+        n: int,
+        *,
+        key: Tensor | None = None,
+        init: Given | None = None,
+        inpaint: Given | None = None,
+        mask: Given | None = None,
+        **options: Any,
+    ) -> Tensor:
+        shape = self.config.event_shape
+        if init is not None:
+            options["init"] = lambda indices: self.encode(self._given(init, "init", indices))
+        if inpaint is None or mask is None:
+            return self.decode(self.prior.sample(n, key=key, inpaint=inpaint, mask=mask, **options))
+        size = self.prior.event_shape[1:]
+        if len(size) != 2:
+            raise ValueError(
+                f"inpainting needs latents laid out as an image, those of {self.config.autoencoder!r} have shape "
+                f"{self.prior.event_shape}"
+            )
+        key = random.fresh_key(self.device) if key is None else key
+
+        def known(indices: Tensor) -> Tensor:
+            return self._given(inpaint, "inpaint", indices)
+
+        def paint(indices: Tensor) -> Tensor:
+            return given_mask(mask, indices, shape)
+
+        def of_latents(indices: Tensor) -> Tensor:
+            """A latent is painted where any pixel under it is."""
+            return functional.adaptive_max_pool2d(paint(indices).any(1, keepdim=True).float(), size)
+
+        z = self.prior.sample(n, key=key, inpaint=lambda i: self.encode(known(i)), mask=of_latents, **options)
+        indices = self.prior.sample_indices(n, key)
+        return torch.where(paint(indices), self.decode(z), known(indices))

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import ops, random
+from fastgen.diffusion.guidance import keep_known
 from fastgen.diffusion.loop import Step, Table, run, tabulate
-from fastgen.diffusion.samplers import Plan, Sampler, make_sampler
-from fastgen.diffusion.schedules import Grid, Schedule, Spacing, Target, target_rows
-from fastgen.diffusion.upstream import upstream_grid, upstream_plan
+from fastgen.diffusion.samplers import Plan, Sampler, make_sampler, resampled
+from fastgen.diffusion.schedules import Discrete, Grid, Schedule, Spacing, Target, target_rows
+from fastgen.diffusion.upstream import upstream_chain, upstream_grid, upstream_plan
 from fastgen.nn.dit import DiT
 from fastgen.nn.inference import optimize, relative_error
 from fastgen.nn.mlp import TimeMLP
@@ -25,9 +26,20 @@ from fastgen.nn.model import Config, Model
 from fastgen.nn.unet import UNet
 from fastgen.random import Stream
 
-__all__ = ["DiffusionConfig", "DiffusionLoss", "DiffusionModel", "Inference", "build_network"]
+__all__ = [
+    "DiffusionConfig",
+    "DiffusionLoss",
+    "DiffusionModel",
+    "Given",
+    "Inference",
+    "build_network",
+    "given_mask",
+    "given_samples",
+]
 
 Inference = Literal["plain", "packed", "bfloat16", "compiled"]
+Given = Tensor | Callable[[Tensor], Tensor]
+"""Samples [m, ...], of which sample i takes number i mod m; or a function from indices [n] to those of each, [n, ...]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +66,7 @@ class DiffusionConfig(Config):
     sampler: str = "ddim"
     """What :meth:`DiffusionModel.sample` uses unless told."""
     sampling_steps: int = 50
-    """How many steps it takes unless told."""
+    """How many steps it takes unless told; of a chain at most its length."""
     learning_rate: float = 2e-4
 
     def __post_init__(self) -> None:
@@ -122,6 +134,51 @@ def build_network(config: DiffusionConfig, *, outputs: int = 1, time_scale: floa
     )
 
 
+def given_samples(given: Given, indices: Tensor, event_shape: tuple[int, ...], name: str, *, images: bool) -> Tensor:
+    """What the user gave for the samples with these indices: [n, *event_shape], on the device of ``indices``.
+
+    Raises:
+        ValueError: for another shape, or ``images`` that are not in [0, 1].
+    """
+    x = given(indices) if callable(given) else given
+    if tuple(x.shape[1:]) != event_shape or not len(x) or (callable(given) and len(x) != len(indices)):
+        raise ValueError(f"{name} must be [m, {', '.join(map(str, event_shape))}], got {list(x.shape)}")
+    if not callable(given):
+        x = x[indices.to(x.device) % len(x)]
+    x = x.to(indices.device, torch.float32)
+    if images and not bool(((x >= -1e-4) & (x <= 1 + 1e-4)).all()):
+        low, high = (v.item() for v in torch.aminmax(x))
+        raise ValueError(f"{name} must hold images in [0, 1], its values run from {low:.4g} to {high:.4g}")
+    return x
+
+
+def given_mask(mask: Given, indices: Tensor, event_shape: tuple[int, ...]) -> Tensor:
+    """Where to paint, for the samples with these indices: bool [n, *event_shape].
+
+    Args:
+        mask: broadcast against ``event_shape``, with or without samples [m, ...] before it; above 0.5 (or True) to paint.
+        indices: [n].
+        event_shape: of a sample.
+
+    Raises:
+        ValueError: for a shape that does not fit.
+    """
+    values = mask(indices) if callable(mask) else mask
+    if values.dtype is not torch.bool:
+        values = values > 0.5
+    if values.dim() == 2 and len(event_shape) == 3:
+        values = values[None]
+    if values.dim() <= len(event_shape):
+        values = values[None]
+    fits = values.dim() == len(event_shape) + 1 and len(values) > 0
+    if not fits or any(have not in (1, want) for have, want in zip(values.shape[1:], event_shape, strict=True)):
+        shape = list(mask(indices).shape if callable(mask) else mask.shape)
+        raise ValueError(f"mask must fit samples of shape {event_shape}, got {shape}")
+    if not callable(mask):
+        values = values[indices.to(values.device) % len(values)]
+    return values.to(indices.device).expand(len(indices), *event_shape)
+
+
 class DiffusionModel(Model):
     """Base of the diffusion models: ``network(x, time, labels=labels)`` predicts a target of ``schedule``.
 
@@ -129,14 +186,14 @@ class DiffusionModel(Model):
 
     Attributes:
         schedule: alpha and sigma.
-        target: what the network predicts; :meth:`rows` where that is more than a name.
+        target: what the network predicts; None where :meth:`rows` says it.
         network: [N, *event_shape], time [N] -> [N, *event_shape], or twice the channels with a learned variance.
         learned_variance: whether it is.
     """
 
     config: DiffusionConfig
     schedule: Schedule
-    target: Target
+    target: Target | None = None
     network: nn.Module
     learned_variance: bool = False
     evaluations: int = 0
@@ -164,6 +221,7 @@ class DiffusionModel(Model):
 
     def rows(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Rows (a, b, c, d) of what the network predicts, [..., 4] float64."""
+        assert self.target is not None, "a model without a target has rows of its own"
         return target_rows(self.target, alpha, sigma)
 
     def training_labels(self, labels: Tensor | None, u: Tensor) -> Tensor | None:
@@ -202,7 +260,8 @@ class DiffusionModel(Model):
         out = self.network(x_t, time, labels=labels)
         return ops.diffusion_loss(out, x, rows, place, noise=noise, weight=weight)
 
-    def _sample_indices(self, n: int, key: Tensor) -> Tensor:
+    def sample_indices(self, n: int, key: Tensor) -> Tensor:
+        """The index of each of ``n`` samples drawn at a key: [n]."""
         return key[3] + torch.arange(n, device=key.device) if key.dim() == 1 else key[:, 3]
 
     def sampling_labels(self, labels: int | Sequence[int] | Tensor | None, n: int, key: Tensor) -> Tensor | None:
@@ -213,14 +272,14 @@ class DiffusionModel(Model):
                 raise ValueError("labels were given to a model without classes; make it with num_classes")
             return None
         if labels is None:
-            return self._sample_indices(n, key) % classes
+            return self.sample_indices(n, key) % classes
         if not isinstance(labels, Tensor):
             values = [labels] if isinstance(labels, int) else list(labels)
             if not values or not all(isinstance(v, int) and 0 <= v <= classes for v in values):
                 raise ValueError(f"labels must be in 0 .. {classes}, where {classes} is no class, got {labels!r}")
             labels = torch.tensor(values)
         labels = labels.to(key.device, torch.int64)
-        return labels[self._sample_indices(n, key) % len(labels)]
+        return labels[self.sample_indices(n, key) % len(labels)]
 
     def grid(
         self,
@@ -230,12 +289,16 @@ class DiffusionModel(Model):
         compat: Literal["diffusers"] | None = None,
     ) -> Grid:
         """The steps that ``sample`` takes with these options."""
-        steps = self.config.sampling_steps if steps is None else steps
+        if steps is None:
+            steps = self.config.sampling_steps
+            if isinstance(self.schedule, Discrete):
+                steps = min(steps, self.schedule.steps)
         if compat is None:
             return self.schedule.grid(steps, spacing)
         if compat != "diffusers":
             raise ValueError(f"compat must be None or 'diffusers', got {compat!r}")
-        return upstream_grid(self.schedule, steps, sampler.layout, spacing)
+        schedule = upstream_chain(self.schedule.betas) if isinstance(self.schedule, Discrete) else self.schedule
+        return upstream_grid(schedule, steps, sampler.layout, spacing)
 
     def table(self, plan: Plan, *, dtype: torch.dtype = torch.float32) -> Table:
         """The table of a plan for this model's network, on its device."""
@@ -258,8 +321,12 @@ class DiffusionModel(Model):
         spacing: Spacing | None = None,
         clamp: bool | None = None,
         threshold: float | None = None,
-        init: Tensor | None = None,
+        init: Given | None = None,
         strength: float = 1.0,
+        inpaint: Given | None = None,
+        mask: Given | None = None,
+        resample: int = 1,
+        jump: int = 10,
         inference: Inference = "plain",
         compat: Literal["diffusers"] | None = None,
         noise: Callable[[int], Tensor] | None = None,
@@ -280,11 +347,17 @@ class DiffusionModel(Model):
             spacing: of the steps, see :meth:`fastgen.diffusion.schedules.Schedule.grid`.
             clamp: clamp estimates of the data to [-1, 1]; None: for images, where the sampler can.
             threshold: instead of that, dynamic thresholding at this quantile, such as 0.995.
-            init: start from these samples, noised, instead of from noise: [m, *event_shape] in the range outside; sample i
-                starts from init[i mod m].
-            strength: share of the steps that are then taken, in (0, 1].
+            init: start from these samples, noised, instead of from noise (image-to-image): [m, *event_shape], images in
+                [0, 1]; sample i starts from init[i mod m]. Or a function from the indices [n] of samples to where they start.
+            strength: share of the steps that are then taken, in (0, 1]: how far results may get from ``init``.
+            inpaint: keep these samples but where ``mask`` says: as ``init``, which it is too where ``strength`` is below 1.
+            mask: what ``inpaint`` leaves to paint: above 0.5, or True, there; 0 where the sample is known. [H, W],
+                [*event_shape] or, of several that samples go through by their index, [m, *event_shape]; an axis may be 1.
+            resample: how often each stretch of ``jump`` steps is gone through when inpainting, with the noise of the
+                stretch between (RePaint): the painted part agrees with the known one the better, and costs as much more.
+            jump: length of these stretches in steps.
             inference: what evaluates the network, see :meth:`evaluator`; :meth:`inference_error` says how far it is off.
-            compat: "diffusers" lays out the steps as the sampler of diffusers 0.42 does, errors included.
+            compat: "diffusers" lays out the steps as the sampler of diffusers 0.42 does, its errors and rounding included.
             noise: index of an evaluation -> noise [n, *event_shape], instead of the key's.
             adjust, callback: see :func:`fastgen.diffusion.loop.run`.
 
@@ -299,11 +372,22 @@ class DiffusionModel(Model):
         sampler = self.config.sampler if sampler is None else sampler
         learned = "learned" if self.learned_variance and sampler == "ddpm" else None
         method = make_sampler(sampler, eta=eta, variance=variance or learned, order=order, churn=churn)
-        if init is not None and not 0 < strength <= 1:
+        if not 0 < strength <= 1:
             raise ValueError(f"strength must be in (0, 1], got {strength}")
-        plan, table = self._prepared(method, steps, spacing, compat, 1.0 if init is None else strength)
+        if (inpaint is None) != (mask is None):
+            raise ValueError("inpainting takes both: inpaint, what is known, and mask, what to paint")
+        if inpaint is None and resample != 1:
+            raise ValueError(f"resample={resample} is for inpainting: give inpaint and mask")
+        if strength < 1:
+            init = inpaint if init is None else init
+            if init is None:
+                raise ValueError(f"strength={strength} needs something to start from: init or inpaint")
+        plan, table = self._prepared(method, steps, spacing, compat, strength, (resample, jump))
         limit, adjust = self._limits(method, clamp, threshold, adjust)
-        x = self._start(n, key, plan, init)
+        indices = self.sample_indices(n, key)
+        x = self._start(indices, key, plan, init)
+        if inpaint is not None and mask is not None:
+            x, callback = self._inpainting(indices, key, plan, inpaint, mask, x, callback)
         classes = self.sampling_labels(labels, n, key)
         if guidance is not None and guidance != 1:
             if classes is None:
@@ -325,8 +409,9 @@ class DiffusionModel(Model):
         """The network as :meth:`sample` runs it.
 
         Args:
-            inference: "plain" is the network itself; "packed" a copy by :func:`fastgen.nn.inference.optimize` in float32,
-                "bfloat16" one in bfloat16, "compiled" one under ``torch.compile``. Copies are kept until the weights change.
+            inference: "plain" is the network itself; "packed" a copy by :func:`fastgen.nn.inference.optimize` in float32 (on
+                CPUs with Winograd's convolutions, at an error of rounding), "bfloat16" one in bfloat16, "compiled" one under
+                ``torch.compile``. Copies are kept until the weights change.
         """
         if inference == "plain":
             return self.network
@@ -361,27 +446,50 @@ class DiffusionModel(Model):
         spacing: Spacing | None,
         compat: Literal["diffusers"] | None,
         strength: float,
+        resampling: tuple[int, int],
     ) -> tuple[Plan, Table]:
         """The plan and its table on the device; those of the last call are kept, as runs go batch by batch."""
         times = steps if steps is None or isinstance(steps, int) else tuple(float(t) for t in steps)
-        asked = (self.schedule, self.target, self.device, method, times, spacing, compat, strength)
+        asked = (self.schedule, self.target, self.device, method, times, spacing, compat, strength, resampling)
         if self._last is None or self._last[0] != asked:
             grid = self.grid(method, times, spacing, compat)
             grid = grid.tail(max(1, round(strength * len(grid.time))))
             plan = method.plan(grid) if compat is None else upstream_plan(method, grid)
+            plan = resampled(plan, *resampling)
             self._last = asked, plan, self.table(plan)
         return self._last[1], self._last[2]
 
-    def _start(self, n: int, key: Tensor, plan: Plan, init: Tensor | None) -> Tensor:
-        alpha, sigma = plan.alpha[0], plan.sigma[0]
+    def _start(self, indices: Tensor, key: Tensor, plan: Plan, init: Given | None) -> Tensor:
+        alpha, sigma = float(plan.alpha[0]), float(plan.sigma[0])
         place = random.at(key, stream=Stream.LATENT)
         if init is None:
-            return ops.normal((n, *self.event_shape), place) * float(self.schedule.prior_std(alpha, sigma))
-        if tuple(init.shape[1:]) != self.event_shape:
-            raise ValueError(f"init must be [m, {', '.join(map(str, self.event_shape))}], got {list(init.shape)}")
-        init = init.to(key.device)[self._sample_indices(n, key) % len(init)]
-        row = torch.tensor([float(alpha), float(sigma), 0.0, 0.0], device=key.device)
-        return ops.diffuse(self.encode_range(init), row, place, target=False).x_t
+            shape = (len(indices), *self.event_shape)
+            return ops.normal(shape, place) * float(self.schedule.prior_std(plan.alpha[0], plan.sigma[0]))
+        x = self.encode_range(given_samples(init, indices, self.event_shape, "init", images=self.is_image))
+        return ops.diffuse(x, torch.tensor([alpha, sigma, 0.0, 0.0], device=x.device), place, target=False).x_t
+
+    def _inpainting(
+        self,
+        indices: Tensor,
+        key: Tensor,
+        plan: Plan,
+        inpaint: Given,
+        mask: Given,
+        x: Tensor,
+        callback: Callable[[Step], Tensor | None] | None,
+    ) -> tuple[Tensor, Callable[[Step], Tensor | None]]:
+        """The start with what is known in its place, and ``callback`` behind what keeps it there."""
+        known = given_samples(inpaint, indices, self.event_shape, "inpaint", images=self.is_image)
+        keep = ~given_mask(mask, indices, self.event_shape)
+        x = torch.where(keep, self._start(indices, key, plan, lambda _: known), x)
+        restore = keep_known(self.encode_range(known), keep, key)
+
+        def restored(step: Step) -> Tensor | None:
+            now = restore(step)
+            instead = None if callback is None else callback(step._replace(x=now))
+            return now if instead is None else instead
+
+        return x, restored
 
     def _limits(
         self, sampler: Sampler, clamp: bool | None, threshold: float | None, adjust: Callable[[Step], Tensor] | None

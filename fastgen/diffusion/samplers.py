@@ -18,7 +18,8 @@ evaluation of the network, in float64. :mod:`fastgen.diffusion.loop` runs them. 
 Sources: Ho et al. (2020), algorithm 2; Nichol and Dhariwal (2021), eq. 15; Song et al. (2021), "Denoising diffusion implicit
 models", eq. 12 and 16; Karras et al. (2022), algorithms 1 and 2; Lu et al. (2022), "DPM-Solver++", algorithm 2 and its SDE
 form; Song et al. (2021), "Score-based generative modeling through stochastic differential equations", algorithms 2 to 5; Zhao
-et al. (2023), "UniPC", algorithms 5 to 8; Crowson (2022), k-diffusion (ancestral Euler, linear multistep).
+et al. (2023), "UniPC", algorithms 5 to 8; Lugmayr et al. (2022), "RePaint"; Crowson (2022), k-diffusion (ancestral Euler,
+linear multistep).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import difflib
 import functools
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -44,6 +46,7 @@ __all__ = [
     "DDPM",
     "LMS",
     "SAMPLERS",
+    "Consistency",
     "DPMSolver",
     "Euler",
     "EulerAncestral",
@@ -52,7 +55,10 @@ __all__ = [
     "PredictorCorrector",
     "Sampler",
     "UniPC",
+    "differences",
+    "half_log_snr",
     "make_sampler",
+    "resampled",
 ]
 
 
@@ -85,7 +91,8 @@ def _plan(grid: Grid, rows: Tensor, **more: Any) -> Plan:
     return Plan(grid.time, alpha, sigma, rows, **more)
 
 
-def _half_log_snr(alpha: Tensor, sigma: Tensor) -> Tensor:
+def half_log_snr(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """log(alpha / sigma), in which the multistep solvers measure their steps."""
     return alpha.log() - sigma.log()
 
 
@@ -165,6 +172,15 @@ class EulerAncestral(DDIM):
 
     eta: float = 1.0
     layout: ClassVar[Layout] = "sigma"
+
+
+@dataclasses.dataclass(frozen=True)
+class Consistency(Sampler):
+    """The estimate of the data with fresh noise, step by step: for networks that estimate it well at once (Song et al., 2023,
+    "Consistency models", algorithm 1); what diffusers calls LCM, and stochastic sampling of a flow."""
+
+    def plan(self, grid: Grid) -> Plan:
+        return _plan(grid, torch.stack([torch.zeros_like(grid.alpha), grid.next_alpha, grid.next_sigma], 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,12 +324,12 @@ def _lagrange_integrals(nodes: list[float], low: float, high: float) -> list[flo
 
 @dataclasses.dataclass(frozen=True)
 class DPMSolver(Sampler):
-    """DPM-Solver++ on the data, multistep: 2M, or with ``stochastic`` 2M-SDE.
+    """DPM-Solver++ on the data, multistep: 2M and 3M, or with ``stochastic`` 2M-SDE and 3M-SDE.
 
     Args:
-        order: 1 or 2; the first step, and a last step to the data, are of order 1.
+        order: 1 to 3; the first steps, and a last step to the data, are of as much as there are estimates for.
         stochastic: solve the SDE instead of the probability flow.
-        solver: how the second order is integrated, "midpoint" or "heun".
+        solver: how steps of the second order are integrated, "midpoint" or "heun".
     """
 
     order: int = 2
@@ -322,37 +338,71 @@ class DPMSolver(Sampler):
     layout: ClassVar[Layout] = "solver"
 
     def __post_init__(self) -> None:
-        if self.order not in (1, 2):
-            raise ValueError(f"order must be 1 or 2, got {self.order}")
+        if self.order not in (1, 2, 3):
+            raise ValueError(f"order must be 1, 2 or 3, got {self.order}")
         if self.solver not in ("midpoint", "heun"):
             raise ValueError(f"solver must be 'midpoint' or 'heun', got {self.solver!r}")
 
     def plan(self, grid: Grid) -> Plan:
-        here = _half_log_snr(grid.alpha, grid.sigma)
-        h = _half_log_snr(grid.next_alpha, grid.next_sigma) - here
+        return self.plan_of_orders(grid, [min(self.order, step + 1) for step in range(len(grid.time))])
+
+    def plan_of_orders(self, grid: Grid, orders: Sequence[int]) -> Plan:
+        """The plan with each step of an order of its own, at most as many as there are estimates by then."""
+        here = half_log_snr(grid.alpha, grid.sigma)
+        h = half_log_snr(grid.next_alpha, grid.next_sigma) - here
         width = 2 * h if self.stochastic else h
         share = -torch.expm1(-width)
         keep = grid.next_sigma / grid.sigma
         if self.stochastic:
             keep = keep * torch.exp(-h)
         noise = grid.next_sigma * share.sqrt() if self.stochastic else torch.zeros_like(h)
-        first = grid.next_alpha * share
-        # the difference of the last two estimates counts in proportion to the steps' lengths
-        second = 0.5 * first
-        if self.solver == "heun":
-            second = grid.next_alpha * (1 - share / width)
-        slope = torch.zeros_like(h)
-        if self.order == 2 and len(h) > 1:
-            slope[1:] = torch.where(torch.isfinite(h[1:]), second[1:] * h[1:] / here.diff(), 0.0)
-        return _plan(grid, torch.stack([keep, first + slope, noise] + ([-slope] if self.order == 2 else []), 1))
+        # integrals of 1, of the step's part and of its square over two: what the derivatives of the estimate weigh
+        value = grid.next_alpha * share
+        slope = grid.next_alpha * (1 - share / width)
+        curvature = grid.next_alpha * (0.5 - (1 - share / width) / width)
+        rows = torch.zeros(len(h), 3 + self.order - 1, dtype=torch.float64)
+        rows[:, 0], rows[:, 1], rows[:, 2] = keep, value, noise
+        for step, order in enumerate(orders):
+            if order == 1 or not bool(torch.isfinite(h[step]) & torch.isfinite(here[step - 1])):
+                continue
+            combined = torch.zeros(self.order, dtype=torch.float64)
+            first, second = differences(here, h, step, order)
+            if order == 2:
+                combined[:2] = (0.5 * value[step] if self.solver == "midpoint" else slope[step]) * first
+            else:
+                combined[:3] = slope[step] * first + curvature[step] * second
+            rows[step, 1] += combined[0]
+            rows[step, 3:] += combined[1:]
+        return _plan(grid, rows)
+
+
+def differences(here: Tensor, h: Tensor, step: int, order: int) -> tuple[Tensor, Tensor]:
+    """The derivatives of the estimate by the share of a step that is done, from its last values: weights of these, newest
+    first, for the first and, at order 3, the second."""
+    recent = (here[step] - here[step - 1]) / h[step]
+    newest = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)[:order] / recent
+    if order == 2 or not bool(torch.isfinite(here[step - 2])):
+        return newest, torch.zeros_like(newest)
+    before = (here[step - 1] - here[step - 2]) / h[step]
+    change = newest - torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64) / before
+    return newest + recent / (recent + before) * change, change / (recent + before)
 
 
 @dataclasses.dataclass(frozen=True)
 class UniPC(Sampler):
-    """Unified predictor-corrector with B(h) = e^h - 1 ("bh2") or h ("bh1"), of order 1 to 3, one evaluation a step."""
+    """Unified predictor-corrector with B(h) = e^h - 1 ("bh2") or h ("bh1"), of order 1 to 3, one evaluation a step.
+
+    Args:
+        order: of the predictor; the corrector has one more.
+        solver: which B.
+        lower_order_final: whether the order falls to 1 over the last steps, which are unstable otherwise.
+        uncorrected: steps, counted from 0, whose result is left as predicted, as with strong guidance at first.
+    """
 
     order: int = 2
     solver: Literal["bh2", "bh1"] = "bh2"
+    lower_order_final: bool = True
+    uncorrected: tuple[int, ...] = ()
     layout: ClassVar[Layout] = "solver"
 
     def __post_init__(self) -> None:
@@ -382,15 +432,15 @@ class UniPC(Sampler):
         return [-alpha * growth - sum(others), *others]
 
     def plan(self, grid: Grid) -> Plan:
-        here = _half_log_snr(grid.alpha, grid.sigma).tolist()
-        there = _half_log_snr(grid.next_alpha, grid.next_sigma).tolist()
+        here = half_log_snr(grid.alpha, grid.sigma).tolist()
+        there = half_log_snr(grid.next_alpha, grid.next_sigma).tolist()
         keep = (grid.next_sigma / grid.sigma).tolist()
         count, alphas = len(here), grid.next_alpha.tolist()
         rows = torch.zeros(count, 3 + self.order, dtype=torch.float64)
         correction = torch.zeros(self.order + 1, dtype=torch.float64)  # of the state by the estimates, newest first
         for i in range(count):
             h = there[i] - here[i]
-            order = min(self.order, i + 1, count - i)
+            order = min(self.order, i + 1, count - i if self.lower_order_final else self.order)
             places = [(here[i - k] - here[i]) / h for k in range(1, order)] if math.isfinite(h) else []
             places = [place for place in places if math.isfinite(place)]
             predictor = self._combination(places, h, alphas[i])
@@ -398,12 +448,54 @@ class UniPC(Sampler):
             row[: len(predictor)] += torch.tensor(predictor, dtype=torch.float64)
             rows[i, 0], rows[i, 1], rows[i, 3:] = keep[i], row[0], row[1:]
             correction = torch.zeros_like(correction)
-            if math.isfinite(h):
+            if math.isfinite(h) and i not in self.uncorrected:
                 start, *past, end = self._combination([*places, 1.0], h, alphas[i])
                 correction[0] = end
                 correction[1 : 2 + len(past)] = torch.tensor([start, *past], dtype=torch.float64)
                 correction[1 : 1 + len(predictor)] -= torch.tensor(predictor, dtype=torch.float64)
         return _plan(grid, rows)
+
+
+def resampled(plan: Plan, times: int, jump: int) -> Plan:
+    """The plan with each stretch of ``jump`` steps gone through ``times`` times (Lugmayr et al., 2022, "RePaint", section 4.2).
+
+    Between two passes the state gets the noise of q(x_t | x_s) from the stretch's end s back to its start t: a factor and a
+    variance more in the row of the last step before. Stretches end at the last state that has noise; what is left over at the
+    top is gone through once.
+
+    Raises:
+        ValueError: unless every row stands on its own: one evaluation a step, no history, a variance that is not learned.
+    """
+    if times < 1 or jump < 1:
+        raise ValueError(f"resample and jump must be at least 1, got {times} and {jump}")
+    if times == 1:
+        return plan
+    noisier = bool((plan.sigma.diff() * plan.alpha[:-1] < plan.sigma[:-1] * plan.alpha.diff()).all())
+    if plan.rows.shape[1] > 3 or plan.bounds is not None or not noisier:
+        raise ValueError("resample needs a sampler of independent steps with a fixed variance: ddpm, ddim, euler_ancestral")
+    last = len(plan.time) - 1
+    ends = {end for end in range(last, 0, -jump) if end >= jump}
+    order: list[int] = []
+    leaps: list[tuple[int, int, int]] = []  # row, from point, to point
+    for step in range(last + 1):
+        order.append(step)
+        if step + 1 in ends:
+            for _ in range(times - 1):
+                leaps.append((len(order) - 1, step + 1, step + 1 - jump))
+                order += range(step + 1 - jump, step + 1)
+    at = torch.tensor(order)
+    rows = plan.rows[at]
+    for row, low, high in leaps:
+        factor = plan.alpha[high] / plan.alpha[low]
+        rows[row] *= factor
+        more = (plan.sigma[high].square() - (factor * plan.sigma[low]).square()).clamp(min=0)
+        rows[row, 2] = (rows[row, 2].square() + more).sqrt()
+    return plan._replace(
+        time=plan.time[at],
+        alpha=torch.cat([plan.alpha[at], plan.alpha[-1:]]),
+        sigma=torch.cat([plan.sigma[at], plan.sigma[-1:]]),
+        rows=rows,
+    )
 
 
 SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
@@ -417,7 +509,10 @@ SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
     "pc": (PredictorCorrector, {}),
     "dpmpp_2m": (DPMSolver, {}),
     "dpmpp_2m_sde": (DPMSolver, {"stochastic": True}),
+    "dpmpp_3m": (DPMSolver, {"order": 3}),
+    "dpmpp_3m_sde": (DPMSolver, {"order": 3, "stochastic": True}),
     "unipc": (UniPC, {}),
+    "consistency": (Consistency, {}),
 }
 """Names of the samplers: class and the options in which a name differs from the class. "edm" is the paper's for ImageNet."""
 

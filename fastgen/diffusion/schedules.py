@@ -13,7 +13,8 @@ Sources: Ho et al. (2020), "Denoising diffusion probabilistic models" (linear); 
 diffusion probabilistic models" (cosine); Rombach et al. (2022), "High-resolution image synthesis with latent diffusion models"
 (scaled linear); Lin et al. (2024), "Common diffusion noise schedules and sample steps are flawed" (zero terminal SNR); Song et
 al. (2021), "Score-based generative modeling through stochastic differential equations" (VP, VE, sub-VP); Karras et al. (2022),
-"Elucidating the design space of diffusion-based generative models" (rho-spaced noise levels); Lipman et al. (2023), "Flow
+"Elucidating the design space of diffusion-based generative models" (rho-spaced noise levels); Lee et al. (2024), "Beta
+sampling is all you need"; Lipman et al. (2023), "Flow
 matching for generative modeling"; Salimans and Ho (2022), "Progressive distillation for fast sampling of diffusion models"
 (v, SNR weights); Hang et al. (2023), "Efficient diffusion training via min-SNR weighting strategy"; Choi et al. (2022),
 "Perception prioritized training of diffusion models" (P2); Kingma et al. (2021), "Variational diffusion models" (the bound).
@@ -24,10 +25,12 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from fastgen._extras import require
 
 __all__ = [
     "VE",
@@ -37,6 +40,7 @@ __all__ = [
     "Flow",
     "Grid",
     "Karras",
+    "Levels",
     "Schedule",
     "Spacing",
     "SubVP",
@@ -46,12 +50,14 @@ __all__ = [
     "estimate_rows",
     "karras_levels",
     "loss_weights",
+    "noise_levels",
     "target_rows",
     "zero_terminal_snr",
 ]
 
 Betas = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
-Spacing = Literal["trailing", "leading", "linspace", "karras"]
+Levels = Literal["karras", "exponential", "beta"]
+Spacing = Literal["trailing", "leading", "linspace", "karras", "exponential", "beta"]
 Target = Literal["epsilon", "x0", "v", "velocity"]
 Weight = Literal["simple", "vlb", "snr", "min_snr", "p2"]
 
@@ -87,6 +93,26 @@ def karras_levels(steps: int, low: float, high: float, rho: float = 7.0) -> Tens
         raise ValueError(f"noise levels need 0 < low <= high, finite, got {low} and {high}")
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+
+
+def noise_levels(kind: Levels, steps: int, low: float, high: float) -> Tensor:
+    """Noise levels from ``high`` to ``low``: [steps] float64.
+
+    Args:
+        kind: "karras", :func:`karras_levels`; "exponential", evenly in their logarithm; "beta", the quantiles of
+            Beta(0.6, 0.6), densest at both ends (Lee et al., 2024; needs scipy).
+        steps: how many.
+        low, high: the smallest and the largest.
+    """
+    if kind == "karras":
+        return karras_levels(steps, low, high)
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"noise levels need 0 < low <= high, finite, got {low} and {high}")
+    if kind == "exponential":
+        return torch.linspace(math.log(high), math.log(low), steps, dtype=torch.float64).exp()
+    special: Any = require("scipy.special", package="scipy", extra="demo", purpose="beta spacing")
+    shares = special.betaincinv(0.6, 0.6, torch.linspace(1, 0, steps, dtype=torch.float64).numpy())
+    return low + torch.from_numpy(shares) * (high - low)
 
 
 class Schedule(abc.ABC):
@@ -136,7 +162,8 @@ class Schedule(abc.ABC):
 
         Args:
             steps: how many, or the times themselves, falling.
-            spacing: how they lie, see :meth:`times`; "karras" spaces sigma / alpha evenly in its seventh root.
+            spacing: how they lie, see :meth:`times`; "karras", "exponential" and "beta" space sigma / alpha as
+                :func:`noise_levels` does.
 
         Raises:
             ValueError: for times that do not fall, or more steps than there are.
@@ -151,10 +178,10 @@ class Schedule(abc.ABC):
             alpha, sigma = self.at(time)
         elif steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        elif spacing == "karras":
+        elif spacing in get_args(Levels):
             alpha, sigma = self.at(self.times(2, "linspace"))
             high, low = (sigma / alpha).tolist()
-            ratio = karras_levels(steps, low, high)
+            ratio = noise_levels(spacing, steps, low, high)  # type: ignore[arg-type]
             time, (alpha, sigma) = self.time(ratio), self.of_ratio(ratio)
         else:
             time = self.times(steps, spacing)
@@ -163,14 +190,23 @@ class Schedule(abc.ABC):
         return Grid.through(self, *(torch.cat(pair) for pair in zip((time, alpha, sigma), end, strict=True)))
 
 
-def betas(kind: Betas, steps: int = 1000, *, start: float = 1e-4, end: float = 0.02, zero_snr: bool = False) -> Tensor:
-    """Variances beta_t of the forward chain x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps: [steps] float64.
+def betas(
+    kind: Betas,
+    steps: int = 1000,
+    *,
+    start: float = 1e-4,
+    end: float = 0.02,
+    zero_snr: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Variances beta_t of the forward chain x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps: [steps].
 
     Args:
         kind: "linear", "scaled_linear" (linear in the square root) or "sigmoid" between ``start`` and ``end``, or "cosine".
         steps: length of the chain.
         start, end: first and last beta; "cosine" has its own.
         zero_snr: rescale with :func:`zero_terminal_snr`.
+        dtype: that it is computed in; float32 gives diffusers' values bit by bit.
 
     >>> betas("linear", 3)
     tensor([0.0001, 0.0101, 0.0200], dtype=torch.float64)
@@ -178,14 +214,14 @@ def betas(kind: Betas, steps: int = 1000, *, start: float = 1e-4, end: float = 0
     if steps < 1:
         raise ValueError(f"a schedule needs at least 1 step, got {steps}")
     if kind == "linear":
-        out = torch.linspace(start, end, steps, dtype=torch.float64)
+        out = torch.linspace(start, end, steps, dtype=dtype)
     elif kind == "scaled_linear":
-        out = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
+        out = torch.linspace(start**0.5, end**0.5, steps, dtype=dtype).square()
     elif kind == "sigmoid":
-        out = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
+        out = torch.linspace(-6, 6, steps, dtype=dtype).sigmoid() * (end - start) + start
     elif kind == "cosine":
         bar = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2).square()
-        out = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
+        out = (1 - bar[1:] / bar[:-1]).clamp(max=0.999).to(dtype)
     else:
         raise ValueError(f"schedule must be one of {', '.join(get_args(Betas))}, got {kind!r}")
     return zero_terminal_snr(out) if zero_snr else out
@@ -194,7 +230,7 @@ def betas(kind: Betas, steps: int = 1000, *, start: float = 1e-4, end: float = 0
 def zero_terminal_snr(betas: Tensor) -> Tensor:
     """Shift and scale sqrt(alpha_bar) so that its first value stays and its last is 0 (Lin et al., algorithm 1)."""
     root = (1 - betas).cumprod(0).sqrt()
-    bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+    bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
     return 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
 
 

@@ -1,4 +1,4 @@
-"""``compat="diffusers"``: where the steps of diffusers 0.42.1 lie, errors included, for comparing trajectories.
+"""``compat="diffusers"``: where the steps of diffusers 0.42.1 lie, errors and rounding included, for comparing trajectories.
 
 Upstream lays out steps in four ways, and a sampler's ``layout`` says which its counterpart has:
 
@@ -10,17 +10,24 @@ Upstream lays out steps in four ways, and a sampler's ``layout`` says which its 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastgen.diffusion.samplers import DDPM, Plan, Sampler
-from fastgen.diffusion.schedules import Discrete, Grid, Schedule, Spacing, karras_levels
+from fastgen.diffusion.samplers import DDPM, DPMSolver, Plan, Sampler, differences, half_log_snr
+from fastgen.diffusion.schedules import Discrete, Grid, Levels, Schedule, Spacing, noise_levels
 
-__all__ = ["upstream_grid", "upstream_plan"]
+__all__ = ["upstream_chain", "upstream_grid", "upstream_plan", "upstream_third_order"]
+
+
+def upstream_chain(betas: Tensor) -> Discrete:
+    """The chain with the rounding of upstream's tables: its products are taken in float32, and 1 - alpha_bar of the first steps
+    keeps four digits of them."""
+    rounded = betas.float().cpu()
+    chain = Discrete(rounded)
+    chain.alphas_cumprod = (1 - rounded).cumprod(0).double()
+    return chain
 
 
 def _times(chain: int, steps: int, layout: str, spacing: Spacing, offset: int, longest: int) -> Tensor:
@@ -43,7 +50,7 @@ def upstream_grid(
     *,
     offset: int = 0,
     longest: int | None = None,
-    levels: Literal["karras", "exponential"] | None = None,
+    levels: Levels | None = None,
     low: float | None = None,
     high: float | None = None,
     end: tuple[float, float] = (1.0, 0.0),
@@ -90,10 +97,7 @@ def upstream_grid(
     if levels is not None:
         ends = ratios[[0, -1]] if layout == "solver" else ratios[below[[-1, 0]]]
         low, high = (float(ends[0]) if low is None else low), (float(ends[1]) if high is None else high)
-        if levels == "karras":
-            ratio = karras_levels(len(time), low, high)
-        else:
-            ratio = torch.linspace(math.log(high), math.log(low), len(time), dtype=torch.float64).exp()
+        ratio = noise_levels(levels, len(time), low, high)
         time, (alpha, sigma) = schedule.time(ratio), schedule.of_ratio(ratio)
     elif layout == "sigma":
         ratio = ratios[below].lerp(ratios[(below + 1).clamp(max=chain - 1)], time - below)
@@ -108,10 +112,24 @@ def upstream_grid(
     return Grid.through(schedule, *(torch.cat(pair) for pair in zip((time, alpha, sigma), last_point, strict=True)))
 
 
+def upstream_third_order(grid: Grid, steps: Iterable[int]) -> Tensor:
+    """What upstream's third order of the SDE solver has too much in the rows of these steps: the second derivative of the
+    estimate with the weight -alpha, as it has -1/2 in place of +1/2."""
+    here, rows = half_log_snr(grid.alpha, grid.sigma), torch.zeros(len(grid.time), 5, dtype=torch.float64)
+    h = half_log_snr(grid.next_alpha, grid.next_sigma) - here
+    for step in steps:
+        if bool(torch.isfinite(h[step])):
+            _, second = differences(here, h, step, 3)
+            rows[step, [1, 3, 4]] = -grid.next_alpha[step] * second
+    return rows
+
+
 def upstream_plan(sampler: Sampler, grid: Grid) -> Plan:
     """The sampler's plan as upstream's: its DDPM adds noise in a last step from t > 0 to the data, with the large variance all
-    of it, with a learned one between that and 1e-20."""
+    of it, with a learned one between that and 1e-20; its third order of the SDE has a sign wrong."""
     plan = sampler.plan(grid)
+    if isinstance(sampler, DPMSolver) and sampler.stochastic and sampler.order == 3:
+        plan = plan._replace(rows=plan.rows + upstream_third_order(grid, range(2, len(grid.time))))
     if isinstance(sampler, DDPM) and sampler.variance != "small" and float(grid.time[-1]) > 0:
         large, rows = 1 - grid.alpha[-1].square(), plan.rows.clone()
         rows[-1, 2] = large.sqrt()

@@ -26,6 +26,7 @@ from fastgen.ops.trace_sqrt_product import (
 )
 from fastgen.ops.uniform import uniform
 from fastgen.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
+from fastgen.ops.winograd_conv2d import WinogradWeight, winograd_conv2d, winograd_tile, winograd_weight
 
 __all__ = [
     "CodeStatistics",
@@ -39,6 +40,7 @@ __all__ = [
     "Polar",
     "Reparameterized",
     "Splined",
+    "WinogradWeight",
     "affine_coupling",
     "all_specs",
     "bias_act",
@@ -70,4 +72,7 @@ __all__ = [
     "upsample2d",
     "use_backend",
     "use_math",
+    "winograd_conv2d",
+    "winograd_tile",
+    "winograd_weight",
 ]

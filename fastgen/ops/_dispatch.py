@@ -25,10 +25,12 @@ from fastgen.ops._spec import OpSpec, all_specs, get_spec
 
 __all__ = [
     "BACKENDS",
+    "applier",
     "choose",
     "differentiable_once",
     "explain",
     "info",
+    "is_automatic",
     "is_fast",
     "raw_op",
     "reason_against",
@@ -56,6 +58,7 @@ class _State:
 
 
 _state = _State()
+_is_compiling = torch.compiler.is_compiling
 
 
 @contextlib.contextmanager
@@ -159,6 +162,11 @@ def choose(
     return "reference"
 
 
+def is_automatic(backend: str | None) -> bool:
+    """Whether nobody asked for a backend and nothing traces: a :class:`_native.Launch` may be attempted first."""
+    return backend is None and _state.backend is None and not _is_compiling()
+
+
 def _like(inputs: dict[str, Any]) -> Tensor:
     """An empty tensor with the dtype and the device that a call with these arguments has."""
     tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
@@ -235,6 +243,14 @@ def raw_op(name: str, schema: str, implementation: Callable[..., Any], fake: Cal
         return implementation(*args)
 
     return call
+
+
+def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for arguments on which a :class:`_native.Launch` answered False: no transform of functorch is active.
+
+    It skips the search for what those have wrapped, which costs more than a small kernel.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,19 +2,23 @@
 
 A kernel takes its arguments flat, in the order of the C++ function: tensors (their memory; None is a null pointer), ints,
 bools and floats. It checks nothing: the op does. ``FASTGEN_ISA`` = scalar | avx2 | avx512 | neon forces one set.
+
+A :class:`Launch` is the call of a kernel described once: it reads sizes off the tensors and allocates the outputs, in C++ where
+the tensors are plain, so that a call on a few numbers costs microseconds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "available_isas", "current_isa", "kernel", "missing", "ready", "use_isa"]
+__all__ = ["DTYPES", "Launch", "available_isas", "current_isa", "kernel", "missing", "ready", "use_isa"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Storage types of the kernels and their codes in ``csrc/simd.h``."""
@@ -23,17 +27,18 @@ _tables: dict[str, dict[str, Callable[..., None]]] | None = None
 _table: dict[str, Callable[..., None]] = {}
 _isa: str | None = None
 _missing: str | None = None
+_extension: Any = None
 
 
 def _load() -> None:
-    global _tables, _missing
+    global _tables, _missing, _extension
     _tables = {}
     try:
-        extension = importlib.import_module("fastgen._C")
+        _extension = importlib.import_module("fastgen._C")
     except ImportError as error:
         _missing = f"fastgen._C cannot be imported ({error}); install with a C++ compiler to have the CPU kernels"
         return
-    _tables = extension.tables()  # fastest first
+    _tables = _extension.tables()  # fastest first
     wanted = os.environ.get("FASTGEN_ISA")
     if wanted and wanted not in _tables:
         _missing = f"FASTGEN_ISA={wanted} is not available here; available: {', '.join(_tables)}"
@@ -45,6 +50,8 @@ def _select(isa: str | None) -> None:
     global _isa, _table
     _isa = isa
     _table = _tables[isa] if _tables and isa else {}
+    if _extension:
+        _extension.use_isa(isa or "")
 
 
 def missing() -> str | None:
@@ -101,3 +108,62 @@ def kernel(name: str) -> Callable[..., Any]:
     """The CPU kernel of a name, for the instruction set in use."""
     ready()
     return _table[name]
+
+
+class Launch:
+    """The call of one kernel on tensors, by a plan of one word per argument of the kernel.
+
+    The first tensor given says what the others are like: its first dimension counts samples.
+
+    ======================  =============================================================================================
+    word                    argument of the kernel
+    ======================  =============================================================================================
+    dtype, rows, event      storage code of the first tensor, its samples, the elements of one
+    threads, null           PyTorch's number of threads; a null pointer
+    like, wide, row         a tensor given by the caller: as the first; its shape in float32; [samples] in float32
+    key                     a key given by the caller, [4] or [samples, 4], and its number of rows: two arguments
+    flag                    a bool given by the caller
+    >like, >wide, >row      the same, allocated here and returned
+    ======================  =============================================================================================
+
+    A tensor given may be None, a null pointer. The caller gives dense tensors on the CPU that fit.
+    """
+
+    def __init__(self, name: str, plan: str) -> None:
+        self.name, self.words = name, plan.split()
+
+    def attempt(self, *args: Any) -> Any:
+        """The outputs, as a tuple, if every tensor is plain: dense, on the CPU, as the plan says, no mode at work.
+
+        It asks every question itself, so that its caller needs to ask none: None sends the caller the long way, and False says
+        that all would be well, but autograd has a gradient to record. Nothing has been done in either case.
+        """
+        if not ready():
+            return None
+        self.attempt = _extension.launch(self.name, " ".join(self.words))  # type: ignore[method-assign]
+        return self.attempt(*args)
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        """The outputs, as a tuple."""
+        return self.attempt(*args) or self._spelled_out(*args)
+
+    def _spelled_out(self, *args: Any) -> tuple[Any, ...]:
+        """The same for kernels that run elsewhere, and for whatever else memory can be had of."""
+        first, given = args[0], iter(args)
+        outputs: list[Any] = []
+        flat: list[Any] = []
+        rows = first.shape[0]
+        fixed = {"dtype": DTYPES[first.dtype], "rows": rows, "threads": torch.get_num_threads(), "null": None}
+        fixed["event"] = first.numel() // rows if rows else math.prod(first.shape[1:])
+        for word in self.words:
+            if word in fixed:
+                flat.append(fixed[word])
+            elif word.startswith(">"):
+                like = first.new_empty(rows, dtype=torch.float32) if word == ">row" else torch.empty_like(first)
+                outputs.append(like.float() if word == ">wide" else like)
+                flat.append(outputs[-1])
+            else:
+                value = next(given)
+                flat += [value, 0 if value is None else value.numel() // 4] if word == "key" else [value]
+        kernel(self.name)(*flat)
+        return tuple(outputs)

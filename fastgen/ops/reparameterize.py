@@ -14,6 +14,7 @@ Source: Kingma and Welling (2014), "Auto-encoding variational Bayes", section 2.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -51,20 +52,21 @@ def reparameterize_reference(
     return Reparameterized(z.to(mean.dtype), kl.reshape(len(kl), math.prod(kl.shape[1:])).sum(1))
 
 
+_forward_cpp = _native.Launch("reparameterize_fwd", "dtype rows event like like key wide >like >row null flag threads")
+_forward_cpp_keeping = _native.Launch("reparameterize_fwd", "dtype rows event like like key wide >like >row >wide flag threads")
+_backward_cpp = _native.Launch("reparameterize_bwd", "dtype rows event like like key wide like row >like >like flag threads")
+
+
 def _forward(
-    mean: Tensor, log_var: Tensor, key: Tensor | None, noise: Tensor | None, keep: bool, fast: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    keep: bool, mean: Tensor, log_var: Tensor, key: Tensor | None, noise: Tensor | None, fast: bool, backend: str
+) -> tuple[Tensor, ...]:
+    if backend == "cpp":
+        return (_forward_cpp_keeping if keep else _forward_cpp)(mean, log_var, key, noise, fast)
     z, kl = torch.empty_like(mean), _checks.per_sample(mean)
     kept = torch.empty_like(mean, dtype=torch.float32) if keep else None
     rows, event = _checks.as_rows(mean)
-    if backend == "cpp":
-        _native.kernel("reparameterize_fwd")(
-            _native.DTYPES[mean.dtype], rows, event, mean, log_var, key, key.numel() // 4 if key is not None else 0, noise,
-            z, kl, kept, fast, torch.get_num_threads(),
-        )  # fmt: skip
-    else:
-        _dispatch.triton_module("reparameterize").reparameterize_fwd(rows, event, mean, log_var, key, noise, z, kl, kept, fast)
-    return z, kl, kept
+    _dispatch.triton_module("reparameterize").reparameterize_fwd(rows, event, mean, log_var, key, noise, z, kl, kept, fast)
+    return (z, kl) if kept is None else (z, kl, kept)
 
 
 def _backward(
@@ -77,17 +79,13 @@ def _backward(
     fast: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if backend == "cpp":
+        return _backward_cpp(mean, log_var, key, noise, grad_z, grad_kl, fast)
     grad_mean, grad_log_var = torch.empty_like(mean), torch.empty_like(mean)
     rows, event = _checks.as_rows(mean)
-    if backend == "cpp":
-        _native.kernel("reparameterize_bwd")(
-            _native.DTYPES[mean.dtype], rows, event, mean, log_var, key, key.numel() // 4 if key is not None else 0, noise,
-            grad_z, grad_kl, grad_mean, grad_log_var, fast, torch.get_num_threads(),
-        )  # fmt: skip
-    else:
-        _dispatch.triton_module("reparameterize").reparameterize_bwd(
-            rows, event, mean, log_var, key, noise, grad_z, grad_kl, grad_mean, grad_log_var, fast
-        )
+    _dispatch.triton_module("reparameterize").reparameterize_bwd(
+        rows, event, mean, log_var, key, noise, grad_z, grad_kl, grad_mean, grad_log_var, fast
+    )
     return grad_mean, grad_log_var
 
 
@@ -96,13 +94,13 @@ _ARGUMENTS = "Tensor mean, Tensor log_var, Tensor? key, Tensor? noise"
 _sample = _dispatch.raw_op(
     "reparameterize",
     f"({_ARGUMENTS}, bool fast, str backend) -> (Tensor, Tensor)",
-    lambda mean, log_var, key, noise, fast, backend: _forward(mean, log_var, key, noise, False, fast, backend)[:2],
+    functools.partial(_forward, False),
     lambda mean, *_: (torch.empty_like(mean), _checks.per_sample(mean)),
 )
 _sample_keeping_noise = _dispatch.raw_op(
     "reparameterize_fwd",
     f"({_ARGUMENTS}, bool fast, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda mean, log_var, key, noise, fast, backend: _forward(mean, log_var, key, noise, True, fast, backend),
+    functools.partial(_forward, True),
     lambda mean, *_: (
         torch.empty_like(mean),
         _checks.per_sample(mean),
@@ -150,6 +148,9 @@ class _Reparameterize(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
+_apply = _dispatch.applier(_Reparameterize)
+
+
 def reparameterize(
     mean: Tensor,
     log_var: Tensor,
@@ -182,6 +183,13 @@ def reparameterize(
     >>> z.shape, kl.shape
     (torch.Size([8, 16]), torch.Size([8]))
     """
+    if key is not None and noise is None and _dispatch.is_automatic(backend):
+        fast = _dispatch.is_fast(math)
+        made = _forward_cpp.attempt(mean, log_var, key, None, fast)
+        if made:
+            return Reparameterized._make(made)
+        if made is False and save_noise is None:
+            return Reparameterized._make(_apply(mean, log_var, key, None, True, fast, "cpp"))
     mean, log_var = _checks.common(mean=mean, log_var=log_var)
     if noise is None:
         key = _checks.prepare_key(key, mean.shape[0], mean.device)

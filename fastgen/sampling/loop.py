@@ -7,6 +7,8 @@ never on how many are drawn with it, in which batches, or by which process.
 from __future__ import annotations
 
 import difflib
+import functools
+import hashlib
 import inspect
 import operator
 import time
@@ -19,11 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgen import random
+from fastgen.data import ImageFiles
 from fastgen.nn.model import Model
-from fastgen.sampling.writers import Writer, open_writer
+from fastgen.sampling.writers import Format, Writer, open_writer
 from fastgen.training.run import load
 
 __all__ = ["sample"]
+
+_IMAGES = {"init", "inpaint", "mask"}
+"""Options that may be paths of images."""
 
 
 def _check_ids(n: int | None, ids: Iterable[int] | None) -> Sequence[int]:
@@ -52,6 +58,36 @@ def _check_options(model: Model, options: dict[str, Any]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             has = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known) or 'none'}"
             raise ValueError(f"{type(model).__name__}.sample has no option {name!r}; {has}")
+
+
+def _open_images(model: Model, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with images in place of paths to them."""
+    opened = dict(options)
+    for name in _IMAGES & options.keys():
+        if isinstance(options[name], (str, Path)):
+            shape = (1, *model.event_shape[1:]) if name == "mask" else model.event_shape
+            opened[name] = ImageFiles(options[name], shape)
+    return opened
+
+
+def _run_name(model: Model, seed: int, micro_batch: int | None, options: dict[str, Any]) -> str:
+    """A name for all that a sample depends on, but for its id: weights, seed and options."""
+    digest = hashlib.sha256(f"{type(model).__qualname__} {model.config} {seed} {micro_batch}".encode())
+
+    def feed(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype}{list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, ImageFiles):
+            for path in value.paths:
+                digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+        else:
+            digest.update(getattr(value, "__qualname__", repr(value)).encode())
+
+    for name, value in [*model.state_dict().items(), *sorted(options.items())]:
+        digest.update(f"\n{name}=".encode())
+        feed(value)
+    return digest.hexdigest()[:32]
 
 
 def _blocks(ids: Sequence[int], size: int) -> Iterator[tuple[int, list[int], list[int]]]:
@@ -100,6 +136,9 @@ def sample(
     batch_size: int = 64,
     micro_batch: int | None = None,
     out: str | Path | None = None,
+    format: Format | None = None,
+    shard_size: int | None = None,
+    resume: bool = False,
     device: torch.device | str | None = None,
     progress: bool = False,
     **options: Any,
@@ -119,11 +158,16 @@ def sample(
             same neighbours, so that it has the same bits in every run on the same machine. Blocks are computed whole:
             shards should be contiguous and end at multiples of it.
         out: None for a tensor; ``FILE.png`` (a grid of images, a scatter of 2-D points), ``FILE.npz`` (array ``x``),
-            ``FILE.safetensors`` (tensor ``x``), or a folder: a PNG per image, named by its id, or ``.npz`` shards of
-            vectors (arrays ``x`` and ``ids``).
+            ``FILE.safetensors`` (tensor ``x``), or a folder.
+        format: of the files in a folder: "png", one per image, named by its id; "npz" or "safetensors", shards named by
+            their first and last id (arrays ``x``, float32, and ``ids``). None: PNG for images, else npz.
+        shard_size: samples in a shard; None: as many as make 64 MB.
+        resume: leave out the files that an interrupted run of the same weights, seed and options has written; with
+            ``micro_batch`` the result then has the same bits as a run at one go.
         device: where to draw; None for the model's device, for a directory CUDA where there is one, else the CPU.
         progress: show a bar on stderr.
-        **options: of the model's ``sample``.
+        **options: of the model's ``sample``. Images to start from (``init``), to complete (``inpaint``) and masks (``mask``,
+            white where to paint) may also be paths of an image or a folder of them; sample i takes number i mod their count.
 
     Returns:
         The samples [n, *event_shape] in the order of ``ids``, on the model's device; or the path of ``out``.
@@ -141,17 +185,29 @@ def sample(
     else:
         model = load(model_or_dir, device=device)
     _check_options(model, options)
+    options = _open_images(model, options)
     key = random.key(seed, stream=random.Stream.SAMPLE, device=model.device)
+    run_name = functools.partial(_run_name, model, seed, micro_batch, options)
     unit = " images" if len(model.event_shape) == 3 else " samples"
     was_training = model.training
     model.eval()
     try:
         with (
             torch.no_grad(),
-            open_writer(out, model.event_shape, len(chosen)) as writer,
-            tqdm(total=len(chosen), unit=unit, desc="sample", disable=not progress, dynamic_ncols=True) as bar,
+            open_writer(
+                out, model.event_shape, chosen, format=format, shard_size=shard_size, resume=resume, run=run_name
+            ) as writer,
+            tqdm(
+                total=len(chosen),
+                initial=len(chosen) - len(writer.pending),
+                unit=unit,
+                desc="sample",
+                disable=not progress,
+                dynamic_ncols=True,
+            ) as bar,
         ):
-            _run(_draw(model, chosen, key, batch_size, micro_batch, options), writer, bar, model)
+            if len(writer.pending):
+                _run(_draw(model, writer.pending, key, batch_size, micro_batch, options), writer, bar, model)
             return writer.finish()
     finally:
         model.train(was_training)

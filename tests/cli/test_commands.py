@@ -78,6 +78,24 @@ def test_sample_to_files(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (run / "samples.png").is_file()
 
 
+def test_sample_to_shards_and_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    to_shards = ["sample", "run", "--out", "shards", "--format", "safetensors", "--shard-size", "3"]
+    assert main([*to_shards, "-n", "4"]) == 0
+    first = Path("shards/00000000-00000002.safetensors")
+    before = first.stat().st_mtime_ns
+    assert main([*to_shards, "-n", "7", "--resume"]) == 0
+    assert first.stat().st_mtime_ns == before
+    assert Path("shards/00000006-00000006.safetensors").is_file()
+    capsys.readouterr()
+    assert main([*to_shards, "-n", "7", "--resume", "--seed", "1"]) == 2
+    assert "is not of this run" in capsys.readouterr().err
+
+
+def test_images_for_a_model_that_takes_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "run", "--from", "x.png"]) == 2
+    assert capsys.readouterr().err.strip().endswith("--from is for diffusion models, VAE cannot use it")
+
+
 def test_sample_rejects_unknown_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "run", "-n", "2", "--set", "temprature=2"]) == 2
     assert "temprature" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """ddpm and flow_matching: losses by hand, gradients, overfitting, saving, sampling from Python and the command line."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,6 +128,13 @@ def test_image_to_image():
     torch.testing.assert_close(seen[0][1], float(alpha) * (2 * init[[0, 1, 0]] - 1) + float(sigma) * z, rtol=1e-4, atol=1e-5)
 
 
+def test_short_chains_take_the_steps_that_they_have():
+    model, times = awake(make("ddpm", timesteps=20)), []
+    assert model.config.sampling_steps == 50
+    model.sample(1, callback=lambda step: times.append(float(step.time)))
+    assert times == list(range(19, -1, -1))
+
+
 def test_changed_options_change_the_steps():
     model, times = awake(make("ddpm")), []
 
@@ -216,6 +224,42 @@ def test_command_line(tmp_path):
         tmp_path / "run", 3, sampler="ddim", steps=3, guidance=2.0, eta=0.5, labels=(0, 1), spacing="linspace", threshold=0.99
     )
     assert torch.equal(load_file(out)["x"], expected)
+
+
+def test_images_from_the_command_line(tmp_path):
+    """Inpainting and image-to-image: a result for each image of a folder unless told, what is known pixel by pixel."""
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from fastgen.cli.app import app
+    from fastgen.sampling.images import save_png
+
+    model = make("ddpm", (1, 8, 8), sampling_steps=3)
+    fastgen.fit(model, torch.rand(16, 1, 8, 8), steps=1, batch_size=4, out=tmp_path / "run", sample_every=0, progress=False)
+    known, mask = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8), torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1
+    for i in range(3):
+        save_png(known[i : i + 1], tmp_path / "known" / f"{i}.png", padding=0)
+    save_png(mask, tmp_path / "mask.png", padding=0)
+    known = known.float() / 255
+    out = tmp_path / "x.npz"
+
+    def command(*arguments):
+        result = CliRunner().invoke(app, ["sample", str(tmp_path / "run"), "--out", str(out), *map(str, arguments)])
+        if result.exception is None:
+            return torch.from_numpy(np.load(out)["x"])
+        return str(result.exception)
+
+    x = command("--inpaint", tmp_path / "known", "--mask", tmp_path / "mask.png")
+    torch.testing.assert_close(x[..., :4], known[..., :4], rtol=0, atol=1e-6)
+    assert not torch.allclose(x[..., 4:], known[..., 4:], atol=0.1)
+    near = command("--from", tmp_path / "known" / "1.png", "--strength", 0.3, "-n", 5)
+    assert torch.equal(near, fastgen.sample(tmp_path / "run", 5, init=known[1:2], strength=0.3))
+    assert len(command("--from", tmp_path / "known")) == 3
+    assert "inpainting takes --inpaint IMAGE" in command("--inpaint", tmp_path / "known")
+    assert "inpainting takes --inpaint IMAGE" in command("--mask", tmp_path / "mask.png")
+    assert "--strength needs --from" in command("--strength", 0.5)
+    assert "strength must be in (0, 1], got 1.5" in command("--from", tmp_path / "known", "--strength", 1.5)
 
 
 @pytest.mark.parametrize(

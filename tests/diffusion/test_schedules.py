@@ -8,7 +8,19 @@ import torch
 
 from fastgen import ops
 from fastgen.diffusion import schedules
-from fastgen.diffusion.schedules import VE, VP, Discrete, Flow, Karras, SubVP, betas, estimate_rows, loss_weights, target_rows
+from fastgen.diffusion.schedules import (
+    VE,
+    VP,
+    Discrete,
+    Flow,
+    Karras,
+    SubVP,
+    betas,
+    estimate_rows,
+    loss_weights,
+    noise_levels,
+    target_rows,
+)
 
 SCHEDULES = [Discrete(betas("linear")), Discrete(betas("cosine")), VP(), SubVP(), VE(), Karras(), Flow(), Flow(shift=3.0)]
 NAMES = ["linear", "cosine", "vp", "sub-vp", "ve", "karras", "flow", "flow-shifted"]
@@ -191,3 +203,28 @@ def test_weights_known_forms():
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_noise_levels():
+    """Ends as asked for; even in the logarithm; and the quantiles of Beta(0.6, 0.6), by scipy's own distribution."""
+    stats = pytest.importorskip("scipy.stats")
+    for kind in ("karras", "exponential", "beta"):
+        levels = noise_levels(kind, 9, 0.03, 14.0)
+        torch.testing.assert_close(levels[[0, -1]], torch.tensor([14.0, 0.03]).double(), rtol=1e-12, atol=0)
+        assert bool((levels.diff() < 0).all())
+    torch.testing.assert_close(noise_levels("exponential", 9, 0.03, 14.0).log().diff(2), torch.zeros(7).double())
+    shares = (noise_levels("beta", 9, 0.03, 14.0) - 0.03) / (14.0 - 0.03)
+    expected = torch.from_numpy(stats.beta.ppf(torch.linspace(1, 0, 9, dtype=torch.float64).numpy(), 0.6, 0.6))
+    torch.testing.assert_close(shares, expected, rtol=1e-9, atol=1e-12)
+    for kind in ("exponential", "beta"):
+        with pytest.raises(ValueError, match="noise levels need 0 < low <= high"):
+            noise_levels(kind, 3, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("spacing", ["exponential", "beta"])
+def test_spacings_by_level(spacing):
+    grid = Discrete(betas("linear")).grid(12, spacing)
+    ratio = grid.sigma / grid.alpha
+    torch.testing.assert_close(ratio, noise_levels(spacing, 12, float(ratio[-1]), float(ratio[0])), rtol=1e-9, atol=0)
+    assert float(grid.time[0]) == 999
+    assert float(grid.time[-1]) == 0

@@ -127,6 +127,13 @@ def test_wrong_options_are_named():
         ({"n": 1, "batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"n": 1, "micro_batch": 0}, "micro_batch must be at least 1, got 0"),
         ({"n": 1, "out": "x.jpg"}, r"x\.jpg: expected a name in \.png, \.npz, \.safetensors, or a folder"),
+        ({"n": 1, "out": "x.npz", "format": "safetensors"}, r"format 'safetensors' does not go with the file x\.npz"),
+        ({"n": 1, "out": "x", "format": "jpg"}, "format must be png, npz or safetensors, got 'jpg'"),
+        ({"n": 1, "out": "x", "format": "png"}, r"a folder of PNG holds images, the samples have shape \(3,\)"),
+        ({"n": 1, "out": "x", "shard_size": 0}, "shard_size must be at least 1, got 0"),
+        ({"n": 1, "out": "x.npz", "shard_size": 3}, r"shard_size is for folders, x\.npz is a file"),
+        ({"n": 1, "out": "x.npz", "resume": True}, r"resume is for folders, x\.npz is a file"),
+        ({"n": 1, "format": "npz"}, "format, shard_size and resume need out, a folder"),
         ({"n": 1, "out": "x.png"}, r"PNG holds images or 2-D points, the samples have shape \(3,\)"),
     ],
 )
@@ -176,6 +183,98 @@ def test_image_files(tmp_path, channels):
     assert np.array_equal(grid[9:14, 11:18], x[4])
     assert (grid[:2] == 255).all()
     assert (grid[9:14, 20:27] == 255).all()  # no sixth image
+
+
+def read_shards(folder, kind):
+    """Samples and ids of a folder of shards, in the order of their names."""
+    shards = [np.load(p) if kind == "npz" else load_file(p) for p in sorted(folder.glob(f"*.{kind}"))]
+    assert shards
+    return (np.concatenate([np.asarray(shard[name]) for shard in shards]) for name in ("x", "ids"))
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 4, 4)])
+def test_shards(tmp_path, kind, shape):
+    model = Noise(*shape)
+    whole = sample(model, 23, seed=4).numpy()
+    folder = sample(model, 23, seed=4, batch_size=7, out=tmp_path / "all", format=kind, shard_size=10)
+    names = [f"00000000-00000009.{kind}", f"00000010-00000019.{kind}", f"00000020-00000022.{kind}"]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    x, ids = read_shards(folder, kind)
+    assert np.array_equal(x, whole)
+    assert ids.tolist() == list(range(23))
+    # two processes, one folder
+    for part in (range(10), range(10, 23)):
+        sample(model, ids=part, seed=4, out=tmp_path / "parts", format=kind, shard_size=10)
+    for name in names:
+        assert (tmp_path / "parts" / name).read_bytes() == (folder / name).read_bytes() or kind == "npz"
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "png"])
+def test_an_interrupted_run_resumes(tmp_path, kind):
+    class Killed(Noise):
+        def sample(self, n: int, *, key: Tensor | None = None, scale: float = 1.0) -> Tensor:
+            if len(self.seen) == 3:
+                raise KeyboardInterrupt
+            return super().sample(n, key=key, scale=scale)
+
+    options = {"seed": 4, "batch_size": 4, "out": tmp_path / "run", "format": kind}
+    if kind != "png":
+        options["shard_size"] = 5
+    model = Killed(1, 2, 2)
+    with pytest.raises(KeyboardInterrupt):
+        sample(model, 17, **options)
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
+    assert len(written) == (12 if kind == "png" else 2)
+    model.seen = []
+    sample(model, 17, resume=True, **options)
+    assert sum(model.seen) == (5 if kind == "png" else 7)
+    assert all(p.stat().st_mtime_ns == at for p, at in written.items())
+    model.seen = []
+    sample(model, 17, resume=True, **options)
+    assert model.seen == []
+    expected = sample(Killed(1, 2, 2), 12, seed=4)
+    if kind == "png":
+        for i in range(12):
+            assert np.array_equal(read_png(tmp_path / "run" / f"{i:08d}.png"), images.to_uint8(expected[i, 0]).numpy())
+    else:
+        x, ids = read_shards(tmp_path / "run", kind)
+        assert np.array_equal(x[:12], expected.numpy())
+        assert ids.tolist() == list(range(17))
+    other = Killed(1, 2, 2)
+    other.dummy.data.add_(1)
+    for change in ({"seed": 5}, {"scale": 2.0}, {"micro_batch": 3}):
+        with pytest.raises(ValueError, match=r"00000000\S* is not of this run \(weights, seed, options\)"):
+            sample(Killed(1, 2, 2), 17, resume=True, **{**options, **change})
+    with pytest.raises(ValueError, match="is not of this run"):
+        sample(other, 17, resume=True, **options)
+
+
+def test_images_may_be_given_by_their_paths(tmp_path):
+    """What an option takes as images may be a file or a folder, whose images samples go through by their index."""
+
+    class Echo(Noise):
+        def sample(self, n: int, *, key: Tensor | None = None, init=None, mask=None) -> Tensor:
+            indices = key[3] + torch.arange(n) if key.dim() == 1 else key[:, 3]
+            return init(indices) * (1 if mask is None else mask(indices))
+
+    x = torch.randint(256, (3, 3, 5, 7), dtype=torch.uint8)
+    for i in range(3):
+        images.save_png(x[i : i + 1], tmp_path / "in" / f"{i}.png", padding=0)
+    model = Echo(3, 5, 7)
+    expected = x.float() / 255
+    assert torch.equal(sample(model, 5, batch_size=2, init=tmp_path / "in"), expected[[0, 1, 2, 0, 1]])
+    assert torch.equal(sample(model, ids=[4, 0], init=str(tmp_path / "in")), expected[[1, 0]])
+    black = torch.zeros(1, 1, 5, 7)
+    images.save_png(black, tmp_path / "mask.png", padding=0)
+    assert not sample(model, 2, init=tmp_path / "in" / "2.png", mask=tmp_path / "mask.png").any()
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*none\.png"):
+        sample(model, 1, init=tmp_path / "none.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cannot read image .*bad\.png: not an image"):
+        sample(model, 1, init=tmp_path / "bad.png")
+    with pytest.raises(ValueError, match=r"1 or 3 channels, not for those of shape \(2,\)"):
+        sample(Echo(2), 1, init=tmp_path / "in")
 
 
 def test_folder_of_vectors(tmp_path, whole, monkeypatch):

@@ -9,7 +9,7 @@ nothing is searched. The row goes to :func:`fastgen.ops.denoise`, ``add_noise`` 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from torch import Tensor
 from fastgen import ops, random
 from fastgen.diffusion.loop import tabulate
 from fastgen.diffusion.samplers import Layout, Plan, Sampler
-from fastgen.diffusion.schedules import Discrete, Grid, Schedule, Target, betas, target_rows, zero_terminal_snr
-from fastgen.diffusion.upstream import upstream_grid, upstream_plan
+from fastgen.diffusion.schedules import Discrete, Grid, Levels, Schedule, Target, betas, target_rows, zero_terminal_snr
+from fastgen.diffusion.upstream import upstream_chain, upstream_grid, upstream_plan
 from fastgen.interop.diffusers.config import Configured
 
 __all__ = ["ChainScheduler", "Generators", "Scheduler", "SchedulerOutput"]
@@ -26,7 +26,13 @@ __all__ = ["ChainScheduler", "Generators", "Scheduler", "SchedulerOutput"]
 Generators = torch.Generator | list[torch.Generator]
 
 _BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
-_TARGETS: dict[str, Target] = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
+_TARGETS: dict[str, Target] = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
+_LEVELS: dict[str, Levels] = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+    "use_lu_lambdas": "exponential",  # evenly in log(alpha / sigma): the same
+}
 _SPACINGS = ("leading", "linspace", "trailing")
 
 
@@ -290,7 +296,7 @@ class Scheduler(Configured):
         if i >= len(table.rows):
             raise ValueError(f"all {len(self.timesteps)} steps have been taken; call set_timesteps for another trajectory")
         row = table.rows[i]
-        if noise is None and generator is not None and self._draws(index):
+        if noise is None and generator is not None and (table.noisy[i] or self._draws(index)):
             noise = _drawn(sample, generator, self.noise_dtype or given)
         key = None
         if not table.noisy[i]:
@@ -404,7 +410,7 @@ class ChainScheduler(Scheduler):
     """Base of the schedulers over a chain of betas: everything but the flow.
 
     Attributes:
-        betas, alphas, alphas_cumprod: of the chain, float32 on the CPU, made in float64.
+        betas, alphas, alphas_cumprod: of the chain, float32 on the CPU, with the bits of diffusers'.
     """
 
     _compatibles: ClassVar[list[str]] = [
@@ -428,23 +434,24 @@ class ChainScheduler(Scheduler):
         kind, target, steps = given["beta_schedule"], given["prediction_type"], given["num_train_timesteps"]
         if given["trained_betas"] is None and kind not in _BETAS:
             raise ValueError(f"beta_schedule must be one of {', '.join(_BETAS)}, got {kind!r}")
-        if target not in _TARGETS:
-            raise ValueError(f"prediction_type must be one of {', '.join(_TARGETS)}, got {target!r}")
+        targets = [name for name in _TARGETS if name != "flow_prediction" or given.get("use_flow_sigmas")]
+        if target not in targets:
+            raise ValueError(f"prediction_type must be one of {', '.join(targets)}, got {target!r}")
         if given["timestep_spacing"] not in _SPACINGS:
             raise ValueError(f"timestep_spacing must be one of {', '.join(_SPACINGS)}, got {given['timestep_spacing']!r}")
         if given["trained_betas"] is not None:
-            chain = torch.as_tensor(given["trained_betas"], dtype=torch.float64)
+            chain = torch.as_tensor(given["trained_betas"], dtype=torch.float32)
         else:
-            chain = betas(_BETAS[kind], steps, start=given["beta_start"], end=given["beta_end"])  # type: ignore[arg-type]
+            ends = {"start": given["beta_start"], "end": given["beta_end"]}
+            chain = betas(_BETAS[kind], steps, **ends, dtype=torch.float32)  # type: ignore[arg-type]
         rescaled = given.get("rescale_betas_zero_snr", False)
-        self._schedule = Discrete(zero_terminal_snr(chain) if rescaled else chain)
+        self._schedule = upstream_chain(zero_terminal_snr(chain) if rescaled else chain)
         if rescaled and self.finite_levels:
             self._schedule.alphas_cumprod[-1] = 2.0**-24
         self.betas = self._schedule.betas.float()
-        self.alphas = (1 - self._schedule.betas).float()
+        self.alphas = 1 - self.betas
         self.alphas_cumprod = self._schedule.alphas_cumprod.float()
-        if given.get("use_karras_sigmas") and given.get("use_exponential_sigmas"):
-            raise ValueError("only one of use_karras_sigmas and use_exponential_sigmas can be used")
+        self._levels_kind()
         self._full_rows: dict[tuple[torch.device, bool], Tensor] = {}
         self._lay_out(range(self._schedule.steps - 1, -1, -1), None, levels=None)
 
@@ -461,12 +468,19 @@ class ChainScheduler(Scheduler):
         bar = self._schedule.alphas_cumprod[0]
         return float(bar.sqrt()), float((1 - bar).sqrt())
 
+    def _levels_kind(self) -> Levels | None:
+        """How the config spaces the levels sigma / alpha, where it does."""
+        chosen = [name for name in _LEVELS if self._arguments.get(name)]
+        if len(chosen) > 1:
+            raise ValueError(f"only one of {' and '.join(chosen)} can be used")
+        return _LEVELS[chosen[0]] if chosen else None
+
     def _lay_out(
         self,
         steps: int | Sequence[float],
         device: torch.device | str | None,
         *,
-        levels: Literal["karras", "exponential"] | None,
+        levels: Levels | None,
         longest: int | None = None,
     ) -> None:
         given = self._arguments
@@ -507,14 +521,9 @@ class ChainScheduler(Scheduler):
     ) -> None:
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give one of num_inference_steps and timesteps")
-        given = self._arguments
-        levels: Literal["karras", "exponential"] | None = None
-        if given.get("use_karras_sigmas"):
-            levels = "karras"
-        elif given.get("use_exponential_sigmas"):
-            levels = "exponential"
+        levels = self._levels_kind()
         if timesteps is not None and levels:
-            raise ValueError(f"timesteps cannot be given with use_{levels}_sigmas=True")
+            raise ValueError(f"timesteps cannot be given with {levels} levels")
         steps: int | Sequence[float] = int(num_inference_steps) if timesteps is None else list(timesteps)  # type: ignore[arg-type]
         self._lay_out(steps, device, levels=levels, longest=longest)
         self.num_inference_steps = steps if isinstance(steps, int) else len(steps)

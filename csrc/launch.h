@@ -1,0 +1,269 @@
+// Launches: the call of a kernel described once, in words, and made from Python tensors without Python code in between. For
+// tensors of a few kilobytes the code around a kernel is what a call costs.
+//
+// A plan has one word per argument of the kernel, and one per tensor to allocate; fastgen/ops/_native.py explains them.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastgen {
+
+namespace py = pybind11;
+
+constexpr int MOST_ARGUMENTS = 48;
+
+// DLPack's C exchange interface, by which torch describes a tensor without Python code; https://dmlc.github.io/dlpack.
+namespace dlpack {
+
+struct Tensor {
+  void* data;
+  struct {
+    int32_t type, index;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct Exchange {
+  struct {
+    uint32_t major, minor;
+    void* previous;
+  } header;
+  void *allocate, *export_managed, *import_managed;
+  int (*describe)(void* object, Tensor* out);  // 0, or -1 with a Python error set
+  void* current_stream;
+};
+
+constexpr int32_t CPU = 1;
+constexpr uint8_t INT = 0, FLOAT = 2, BFLOAT = 4;  // kDLInt, kDLFloat, kDLBfloat
+
+}  // namespace dlpack
+
+// What is asked of torch. Made on first use: importing the extension does not import torch.
+struct Torch {
+  PyObject *tensor, *parameter, *float32, *empty_like, *new_empty, *is_grad_enabled, *num_threads, *dispatch_modes, *transforms;
+  PyObject *requires_grad, *dtype_keyword;
+  const dlpack::Exchange* exchange = nullptr;  // null where this torch has none
+
+  static const Torch& get() {
+    static const Torch torch;
+    return torch;
+  }
+
+  // A torch.Tensor or torch.nn.Parameter, described; subclasses may be anything, and are not.
+  bool describe(PyObject* object, dlpack::Tensor& out) const {
+    const auto type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    return exchange && (type == tensor || type == parameter) && exchange->describe(object, &out) == 0;
+  }
+
+ private:
+  Torch() {
+    const py::module_ torch = py::module_::import("torch");
+    const auto take = [](py::object from, const char* name) { return py::object(from.attr(name)).release().ptr(); };
+    tensor = take(torch, "Tensor");
+    parameter = take(torch.attr("nn"), "Parameter");
+    float32 = take(torch, "float32");
+    empty_like = take(torch, "empty_like");
+    is_grad_enabled = take(torch, "is_grad_enabled");
+    dispatch_modes = take(torch.attr("_C"), "_len_torch_dispatch_stack");
+    transforms = take(torch.attr("_C"), "_are_functorch_transforms_active");
+    num_threads = take(torch, "get_num_threads");
+    new_empty = PyUnicode_InternFromString("new_empty");
+    requires_grad = PyUnicode_InternFromString("requires_grad");
+    dtype_keyword = py::make_tuple("dtype").release().ptr();
+    if (!py::hasattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__")) return;
+    const py::object capsule = torch.attr("Tensor").attr("__dlpack_c_exchange_api__");
+    const auto* found = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (!found) throw py::error_already_set();
+    if (found->header.major == 1 && found->describe) exchange = found;
+  }
+};
+
+// An owned reference that may be null.
+using Ref = py::object;
+inline Ref own(PyObject* object) { return py::reinterpret_steal<Ref>(object); }
+
+inline void* address(const dlpack::Tensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+
+inline int64_t integer(PyObject* function) {
+  const Ref value = own(PyObject_CallNoArgs(function));
+  return value ? PyLong_AsLongLong(value.ptr()) : -1;
+}
+
+class Launch {
+ public:
+  // `kernels`: the kernel in each instruction set, in the order that use_isa() counts.
+  Launch(std::vector<const Kernel*> kernels, const std::string& plan) : kernels_(std::move(kernels)) {
+    std::istringstream words(plan);
+    for (std::string word; words >> word;) {
+      const auto found = std::find(std::begin(WORDS), std::end(WORDS), word);
+      if (found == std::end(WORDS)) throw std::invalid_argument("unknown word in a plan: " + word);
+      const auto kind = static_cast<Word>(found - std::begin(WORDS));
+      words_.push_back(kind);
+      inputs_ += is_given(kind);
+      slots_ += kind == KEY ? 2 : 1;
+    }
+    if (slots_ != strlen(kernels_.at(0)->signature))
+      throw std::invalid_argument(std::string("the plan does not fit the signature of ") + kernels_[0]->name);
+  }
+
+  // The outputs of the kernel, as a tuple. None where something is not plain, False where autograd has a gradient to record:
+  // nothing has been done then.
+  PyObject* operator()(PyObject* const* args, Py_ssize_t count, int isa) const {
+    if (count != inputs_)
+      return PyErr_Format(PyExc_TypeError, "%s takes %d arguments, got %zd", kernels_[0]->name, inputs_, count);
+    Argument slots[MOST_ARGUMENTS];
+    PyObject* made[MOST_ARGUMENTS];
+    int outputs = 0;
+    const Answer answer = isa >= 0 ? fill(args, slots, made, outputs) : LONG_WAY;
+    if (answer == RECORD) Py_RETURN_FALSE;
+    if (answer == LONG_WAY) {
+      for (int i = 0; i < outputs; ++i) Py_XDECREF(made[i]);
+      PyErr_Clear();  // whoever asked goes the long way, and meets the error there
+      Py_RETURN_NONE;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    kernels_[isa]->entry(slots);
+    Py_END_ALLOW_THREADS
+    PyObject* tuple = PyTuple_New(outputs);
+    for (int i = 0; i < outputs; ++i) PyTuple_SET_ITEM(tuple, i, made[i]);
+    return tuple;
+  }
+
+ private:
+  enum Word { DTYPE, ROWS, EVENT, THREADS, NONE, LIKE, WIDE, ROW, KEY, FLAG, NEW_LIKE, NEW_WIDE, NEW_ROW };
+  static constexpr const char* WORDS[] = {"dtype", "rows", "event", "threads", "null",  "like", "wide",
+                                          "row",   "key",  "flag",  ">like",   ">wide", ">row"};
+
+  enum Answer { LAUNCH, RECORD, LONG_WAY };
+
+  // What the first tensor says about the others.
+  struct Like {
+    dlpack::Tensor tensor;
+    int code = -1;
+    int64_t rows = 0, event = 1;
+  };
+
+  static int storage_code(const dlpack::Tensor& t) {
+    if (t.dtype.lanes != 1) return -1;
+    if (t.dtype.code == dlpack::FLOAT && t.dtype.bits == 32) return 0;  // the codes of simd.h
+    if (t.dtype.code == dlpack::BFLOAT && t.dtype.bits == 16) return 1;
+    if (t.dtype.code == dlpack::FLOAT && t.dtype.bits == 16) return 2;
+    return -1;
+  }
+
+  // Dense memory of the CPU.
+  static bool read(PyObject* object, dlpack::Tensor& out) {
+    if (!Torch::get().describe(object, out) || out.device.type != dlpack::CPU) return false;
+    int64_t dense = 1;
+    for (int i = out.ndim - 1; i >= 0; --i) {
+      if (out.shape[i] != 1 && out.strides && out.strides[i] != dense) return false;
+      dense *= out.shape[i];
+    }
+    return true;
+  }
+
+  static bool is_given(Word word) { return LIKE <= word && word <= FLAG; }
+
+  // Whether a tensor is what the word says.
+  static bool fits(Word word, const dlpack::Tensor& t, const Like& like) {
+    const dlpack::Tensor& first = like.tensor;
+    if (word == KEY) {
+      const bool one = t.ndim == 1 && t.shape[0] == 4, many = t.ndim == 2 && t.shape[0] == like.rows && t.shape[1] == 4;
+      return t.dtype.code == dlpack::INT && t.dtype.bits == 64 && (one || many);
+    }
+    if (storage_code(t) != (word == LIKE ? like.code : 0)) return false;
+    if (word == ROW) return t.ndim == 1 && t.shape[0] == like.rows;
+    return t.ndim == first.ndim && std::equal(t.shape, t.shape + t.ndim, first.shape);
+  }
+
+  static bool start(PyObject* first, Like& like) {
+    const Torch& torch = Torch::get();
+    if (integer(torch.dispatch_modes) != 0 || own(PyObject_CallNoArgs(torch.transforms)).ptr() != Py_False) return false;
+    if (!read(first, like.tensor) || like.tensor.ndim == 0) return false;
+    like.code = storage_code(like.tensor);
+    like.rows = like.tensor.shape[0];
+    for (int i = 1; i < like.tensor.ndim; ++i) like.event *= like.tensor.shape[i];
+    return like.code >= 0;
+  }
+
+  static PyObject* allocate(Word word, PyObject* first, const Like& like) {
+    const Torch& torch = Torch::get();
+    const bool float32 = like.code == 0;
+    if (word == NEW_LIKE || (word == NEW_WIDE && float32)) return PyObject_CallOneArg(torch.empty_like, first);
+    if (word == NEW_WIDE) {
+      PyObject* const args[] = {first, torch.float32};
+      return PyObject_Vectorcall(torch.empty_like, args, 1, torch.dtype_keyword);
+    }
+    const Ref rows = own(PyLong_FromLongLong(like.rows));
+    PyObject* const args[] = {first, rows.ptr(), torch.float32};
+    return PyObject_VectorcallMethod(torch.new_empty, args, 2, float32 ? nullptr : torch.dtype_keyword);
+  }
+
+  Answer fill(PyObject* const* args, Argument* slot, PyObject** made, int& outputs) const {
+    const Torch& torch = Torch::get();
+    Like like;
+    if (!start(args[0], like)) return LONG_WAY;
+    const bool enabled = own(PyObject_CallNoArgs(torch.is_grad_enabled)).ptr() != Py_False;
+    bool record = false;
+    PyObject* const* arg = args;
+    for (const Word word : words_) {
+      PyObject* given = is_given(word) ? *arg++ : nullptr;
+      if (word == FLAG) slot->integer = PyObject_IsTrue(given);
+      else if (given) {
+        dlpack::Tensor t{};
+        if (given != Py_None) {
+          if (!read(given, t) || !fits(word, t, like)) return LONG_WAY;
+          record |= enabled && own(PyObject_GetAttr(given, torch.requires_grad)).ptr() != Py_False;
+        }
+        slot->pointer = address(t);
+        if (word == KEY) (++slot)->integer = t.ndim == 2 ? like.rows : t.ndim;
+      }
+      ++slot;
+    }
+    if (record) return RECORD;
+    slot -= slots_;
+    for (const Word word : words_) {
+      switch (word) {
+        case DTYPE: slot->integer = like.code; break;
+        case ROWS: slot->integer = like.rows; break;
+        case EVENT: slot->integer = like.event; break;
+        case THREADS: slot->integer = integer(torch.num_threads); break;
+        case NONE: slot->pointer = nullptr; break;
+        case KEY: ++slot; break;
+        case NEW_LIKE:
+        case NEW_WIDE:
+        case NEW_ROW: {
+          dlpack::Tensor t;
+          made[outputs] = allocate(word, args[0], like);
+          if (!made[outputs] || !torch.describe(made[outputs++], t)) return LONG_WAY;
+          slot->pointer = address(t);
+          break;
+        }
+        default: break;
+      }
+      ++slot;
+    }
+    return LAUNCH;
+  }
+
+  std::vector<const Kernel*> kernels_;
+  std::vector<Word> words_;
+  int inputs_ = 0;
+  size_t slots_ = 0;
+};
+
+}  // namespace fastgen

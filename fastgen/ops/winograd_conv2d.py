@@ -1,0 +1,342 @@
+"""winograd_conv2d: a 3x3 convolution of stride 1 and padding 1 in a quarter of the multiplications.
+
+    y = conv(x, weight) + bias + residual, where x may first be doubled to [2H, 2W] by its nearest neighbours
+
+A tile of m x m outputs is read from a patch d of (m + 2) x (m + 2) inputs. Minimal filtering takes one product per element of
+the patch, instead of 9 per output,
+
+    Y = A' [ sum over channels of (G w G') * (B' d B) ] A,
+
+with B, G and A that evaluate polynomials at m + 1 points and infinity: 0, +-1 for m = 2 (2.25 times fewer products), and
+0, +-5/8, +-3/2 for m = 4 (4 times fewer). These points halve the rounding error of the usual 0, +-1, +-2. In float32 the
+error of m = 4, relative to the largest output, is below 1e-6 + 2e-7 sqrt(C) over C channels, near that of a plain float32
+sum; that of m = 2 is below it. Sums are in a fixed order: but for the gradient of the weight nothing depends on the number
+of threads.
+
+Gradients flow to ``x``, ``weight``, ``bias`` and ``residual``: that of x is a convolution of the same kind, that of the weight
+is oneDNN's. float32 on CPUs has kernels. Elsewhere the reference serves: cuDNN chooses minimal filtering by itself.
+
+Source: Winograd (1980), "Arithmetic complexity of computations"; Lavin and Gray (2016), "Fast algorithms for convolutional
+neural networks" (arXiv:1509.09308); Barabasz et al. (2020), arXiv:1803.10986, for the choice of points.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.ops import _dispatch, _native
+from fastgen.ops._spec import OpSpec
+
+__all__ = ["WinogradWeight", "winograd_conv2d", "winograd_conv2d_reference", "winograd_tile", "winograd_weight"]
+
+_BLOCK = 32
+"""Output channels that are packed together."""
+
+Tile = Literal[2, 4]
+
+
+class WinogradWeight(NamedTuple):
+    """A weight that :func:`winograd_weight` has transformed."""
+
+    packed: Tensor
+    """[(tile + 2)^2, blocks of 32 output channels, input channels, 32]."""
+    outputs: int
+    tile: int
+
+
+def winograd_conv2d_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    double: bool = False,
+) -> Tensor:
+    """:func:`winograd_conv2d` in plain PyTorch."""
+    if double:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    y = F.conv2d(x, weight, padding=1)
+    if bias is not None:
+        y = y + bias.reshape(-1, bias.shape[-1], 1, 1)
+    return y if residual is None else y + residual
+
+
+def _checked(x: Tensor, outputs: int, inputs: int, bias: Tensor | None, residual: Tensor | None, double: bool) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() != 4 or x.shape[1] != inputs or not x.shape[2] or not x.shape[3]:
+        raise ValueError(f"x must have shape [N, {inputs}, H, W] like the weight, and pixels, got {list(x.shape)}")
+    n, factor = x.shape[0], 2 if double else 1
+    shapes = {
+        "bias": (bias, ((outputs,), (1, outputs), (n, outputs))),
+        "residual": (residual, ((n, outputs, factor * x.shape[2], factor * x.shape[3]),)),
+    }
+    for name, (value, allowed) in shapes.items():
+        if value is None:
+            continue
+        if tuple(value.shape) not in allowed:
+            wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(allowed))
+            raise ValueError(f"{name} must have shape {wanted}, got {list(value.shape)}")
+        if value.dtype is not x.dtype or value.device != x.device:
+            raise TypeError(f"{name} must be {x.dtype} on {x.device} like x, got {value.dtype} on {value.device}")
+
+
+def _checked_weight(weight: Tensor, tile: int) -> None:
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[2:] != (3, 3) or not weight.shape[0]:
+        raise ValueError(f"weight must have shape [O, C, 3, 3], got {list(getattr(weight, 'shape', ()))}")
+    if tile not in (2, 4):
+        raise ValueError(f"tile must be 2 or 4, got {tile}")
+
+
+def _packed_like(weight: Tensor, tile: int) -> Tensor:
+    outputs, inputs = weight.shape[:2]
+    return weight.new_empty((tile + 2) ** 2, -(-outputs // _BLOCK), inputs, _BLOCK)
+
+
+def _transform(weight: Tensor, tile: int) -> Tensor:
+    packed = _packed_like(weight, tile)
+    _native.kernel("winograd_conv2d_weight")(tile, *weight.shape[:2], weight, packed, torch.get_num_threads())
+    return packed
+
+
+def _result_like(x: Tensor, outputs: int, double: bool) -> Tensor:
+    factor = 2 if double else 1
+    shape = (x.shape[0], outputs, factor * x.shape[2], factor * x.shape[3])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _forward(
+    x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, outputs: int, tile: int, double: bool
+) -> Tensor:
+    y = _result_like(x, outputs, double)
+    step = 0 if bias is None or bias.dim() == 1 or bias.shape[0] == 1 else outputs
+    _native.kernel("winograd_conv2d")(
+        tile, y.shape[0], y.shape[2], y.shape[3], x.shape[1], outputs, double, x, packed, bias, step, residual, y,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+_transformed = _dispatch.raw_op("winograd_conv2d_weight", "(Tensor weight, int tile) -> Tensor", _transform, _packed_like)
+_convolve = _dispatch.raw_op(
+    "winograd_conv2d",
+    "(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int outputs, int tile, bool double) -> Tensor",
+    _forward,
+    lambda x, packed, bias, residual, outputs, tile, double: _result_like(x, outputs, double),
+)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class _WinogradConv2d(torch.autograd.Function):
+    """Saves x and the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, tile: int, double: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_shape, ctx.tile, ctx.double = None if bias is None else bias.shape, tile, double
+        return _convolve(x, _transformed(weight, tile), bias, residual, weight.shape[0], tile, double)
+
+    @staticmethod
+    @_dispatch.differentiable_once
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        wanted, own = ctx.needs_input_grad, _channels_last(grad_y)
+        if wanted[0]:
+            turned = weight.flip(2, 3).transpose(0, 1).contiguous()
+            grad_x = _convolve(own, _transformed(turned, ctx.tile), None, None, weight.shape[1], ctx.tile, False)
+            if ctx.double:
+                grad_x = 4 * F.avg_pool2d(grad_x, 2)
+        if wanted[1]:
+            seen = F.interpolate(x, scale_factor=2.0, mode="nearest") if ctx.double else x
+            one = [1, 1]
+            grad_weight = torch.ops.aten.convolution_backward(
+                own, seen, weight, None, one, one, one, False, [0, 0], 1, [False, True, False]
+            )[1]
+        if wanted[2]:
+            shared = len(ctx.bias_shape) == 1 or ctx.bias_shape[0] == 1
+            grad_bias = own.sum((0, 2, 3) if shared else (2, 3)).reshape(ctx.bias_shape)
+        return grad_x, grad_weight, grad_bias, grad_y if wanted[3] else None, None, None
+
+
+def winograd_tile(x: Tensor, outputs: int, *, double: bool = False) -> Tile | None:
+    """The tile with which this convolution is fastest; None where a plain convolution is, or where there are no kernels.
+
+    A model of the cost per pair of channels, in products of a plain convolution, fitted to measurements with 8 to 512 channels:
+    products, transformations (which few channels make up for badly), and reading the weights (which small images make up for
+    badly).
+
+    Args:
+        x: [N, C, H, W].
+        outputs: channels of the result.
+        double: as in :func:`winograd_conv2d`.
+    """
+    n, inputs, height, width = x.shape
+    if min(inputs, outputs) < 16 or _dispatch.choose(SPEC, None, x) != "cpp":
+        return None
+    if double:
+        height, width = 2 * height, 2 * width
+    filled = -(-outputs // _BLOCK) * _BLOCK / outputs
+
+    def cost(tile: int) -> float:
+        tiles = n * -(-height // tile) * -(-width // tile)
+        return (tile + 2) ** 2 * (tiles * (1.3 * filled + 11 / inputs + 11 / outputs) + 15)
+
+    costs = {None: 9.0 * (n * height * width + 15), 2: cost(2), 4: cost(4)}
+    return min(costs, key=lambda tile: costs[tile])  # type: ignore[return-value]
+
+
+def winograd_weight(weight: Tensor, tile: Tile = 4) -> WinogradWeight:
+    """Transforms a weight once for many calls of :func:`winograd_conv2d` that need no gradients.
+
+    Args:
+        weight: [O, C, 3, 3], float32 on a CPU with kernels.
+        tile: outputs per side of a tile. 4 multiplies least; 2 rounds less, and reads 16 numbers a filter instead of 36.
+
+    Raises:
+        ValueError: where there are no kernels for it.
+    """
+    _checked_weight(weight, tile)
+    _dispatch.choose(SPEC, "cpp", weight)
+    return WinogradWeight(_transformed(weight.detach().contiguous(), tile), weight.shape[0], tile)
+
+
+def winograd_conv2d(
+    x: Tensor,
+    weight: Tensor | WinogradWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    tile: Tile = 4,
+    double: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve images with 3x3 filters, stride 1, padding 1, by minimal filtering; add a bias and a residual in the same pass.
+
+    Args:
+        x: [N, C, H, W], at least one pixel; channels-last is read as it is. float32 has kernels, the rest the reference.
+        weight: [O, C, 3, 3] in the dtype of x, or what :func:`winograd_weight` made of it.
+        bias: [O], or [N, O] or [1, O] for one a sample.
+        residual: added to the result, in its shape.
+        tile: 2 or 4, see :func:`winograd_weight`; a transformed weight brings its own.
+        double: convolve the image doubled to [2H, 2W] by its nearest neighbours, which is never stored.
+        backend: None, "reference" or "cpp".
+
+    Returns:
+        [N, O, H, W], or [N, O, 2H, 2W], channels-last from the kernels.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong type, shape, device or value.
+
+    >>> winograd_conv2d(torch.randn(2, 16, 9, 7), torch.randn(8, 16, 3, 3), torch.zeros(8)).shape
+    torch.Size([2, 8, 9, 7])
+    """
+    if isinstance(weight, WinogradWeight):
+        _checked(x, weight.outputs, weight.packed.shape[2], bias, residual, double)
+        _dispatch.choose(SPEC, "cpp", x)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, residual)):
+            raise ValueError("a transformed weight serves no gradients: give the weight itself")
+        packed, outputs, tile = weight.packed, weight.outputs, weight.tile  # type: ignore[assignment]
+        return _convolve(_channels_last(x), packed, _flat(bias), _images(residual), outputs, tile, double)
+    _checked_weight(weight, tile)
+    _checked(x, *weight.shape[:2], bias, residual, double)
+    if weight.dtype is not x.dtype or weight.device != x.device:
+        raise TypeError(f"weight must be {x.dtype} on {x.device} like x, got {weight.dtype} on {weight.device}")
+    if _dispatch.choose(SPEC, backend, x) == "reference":
+        return winograd_conv2d_reference(x, weight, bias, residual, double=double)
+    x, weight, bias, residual = _channels_last(x), weight.contiguous(), _flat(bias), _images(residual)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
+        return _WinogradConv2d.apply(x, weight, bias, residual, tile, double)
+    return _convolve(x, _transformed(weight, tile), bias, residual, weight.shape[0], tile, double)
+
+
+def _flat(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def _images(residual: Tensor | None) -> Tensor | None:
+    return None if residual is None else _channels_last(residual)
+
+
+def _example_inputs(
+    rows: int,
+    event: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    generator: torch.Generator | None = None,
+    outputs: int = 7,
+    bias: Literal["shared", "sample", "none"] = "shared",
+    residual: bool = False,
+    tile: Tile = 4,
+    double: bool = False,
+    channels_last: bool = False,
+) -> dict[str, Any]:
+    # an event of one dimension is a row of pixels
+    channels, height, width = (1, 1, *event) if len(event) == 1 else event
+    factor = 2 if double else 1
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    x = draw(rows, channels, height, width)
+    return {
+        "x": x.contiguous(memory_format=torch.channels_last) if channels_last else x,
+        "weight": draw(outputs, channels, 3, 3) / (9 * channels) ** 0.5,
+        "bias": {"shared": draw(outputs), "sample": draw(rows, outputs), "none": None}[bias],
+        "residual": draw(rows, outputs, factor * height, factor * width) if residual else None,
+        "tile": tile,
+        "double": double,
+    }
+
+
+def _outputs_of(inputs: dict[str, Any]) -> int:
+    x, weight = inputs["x"], inputs["weight"]
+    return x.shape[0] * x.shape[2] * x.shape[3] * weight.shape[0] * (4 if inputs["double"] else 1)
+
+
+def _bytes_moved(inputs: dict[str, Any], mode: str) -> int:
+    # forward: x, weight -> y; backward: x, weight, dy -> dx, dweight
+    x, weight = inputs["x"], inputs["weight"]
+    moved = x.nbytes + weight.nbytes + _outputs_of(inputs) * x.element_size()
+    return moved * (1 if mode == "fwd" else 3)
+
+
+def _operations(inputs: dict[str, Any], mode: str) -> int:
+    # products of the plain sum: minimal filtering takes fewer, and may reach more than the machine's own rate
+    return 18 * _outputs_of(inputs) * inputs["x"].shape[1] * (1 if mode == "fwd" else 3)
+
+
+SPEC = OpSpec(
+    name="winograd_conv2d",
+    function=winograd_conv2d,
+    reference=winograd_conv2d_reference,
+    outputs={"y": "iterative"},
+    gradients=("x", "bias", "residual"),  # that of the weight is oneDNN's, whose sums go by the threads
+    example_inputs=_example_inputs,
+    flags={
+        "outputs": (7, 1, 33, 65),
+        "bias": ("shared", "sample", "none"),
+        "residual": (False, True),
+        "tile": (4, 2),
+        "double": (False, True),
+        "channels_last": (False, True),
+    },
+    event_ranks=(1, 3),
+    sizes=(1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 63, 64, 65, 127, 300),
+    backends=("cpp",),
+    shapes=((64, (32, 28, 28)), (8, (256, 16, 16)), (8, (128, 32, 32))),
+    bytes_moved=_bytes_moved,
+    operations=_operations,
+    dtypes=(torch.float32,),
+    gradient_precision="iterative",
+)

@@ -1,0 +1,144 @@
+"""winograd_conv2d: against convolutions in float64, at every edge, within its stated error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastgen.ops import _native, use_backend, winograd_conv2d, winograd_tile, winograd_weight
+from fastgen.ops.winograd_conv2d import winograd_conv2d_reference
+
+native = pytest.mark.skipif(_native.missing() is not None, reason="no compiled kernels")
+every_tile = pytest.mark.parametrize("tile", [2, 4])
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def filters(outputs, inputs, seed=1):
+    return draw(outputs, inputs, 3, 3, seed=seed) / (9 * inputs) ** 0.5
+
+
+@every_tile
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 2), (4, 4), (5, 8), (9, 6), (13, 3)])
+@pytest.mark.parametrize("double", [False, True])
+def test_is_the_convolution_at_every_edge(tile, size, double):
+    x, weight = draw(2, 3, *size), filters(4, 3)
+    wide = x.double().repeat_interleave(2, 2).repeat_interleave(2, 3) if double else x.double()
+    expected = F.conv2d(wide, weight.double(), padding=1)
+    found = winograd_conv2d(x, weight, tile=tile, double=double)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=4e-6)
+
+
+@every_tile
+def test_picks_out_single_products(tile):
+    """Of an image with one pixel the result is the filter, turned around, wherever in a tile the pixel lies."""
+    weight = filters(1, 1)
+    for row in range(6):
+        for column in range(6):
+            x = torch.zeros(1, 1, 8, 8)
+            x[0, 0, row + 1, column + 1] = 1
+            y = winograd_conv2d(x, weight, tile=tile)
+            torch.testing.assert_close(y[0, 0, row : row + 3, column : column + 3], weight[0, 0].flip(0, 1), rtol=0, atol=1e-6)
+            outside = y.clone()
+            outside[0, 0, row : row + 3, column : column + 3] = 0
+            assert outside.abs().max() < 1e-6
+
+
+@native
+@pytest.mark.parametrize("channels", [1, 64, 512])
+def test_error_is_as_stated(channels):
+    x, weight = draw(2, channels, 17, 16), filters(24, channels)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+
+    def error(y):
+        return ((y - exact).abs().max() / exact.abs().max()).item()
+
+    four, two = (error(winograd_conv2d(x, weight, tile=tile, backend="cpp")) for tile in (4, 2))
+    assert four < 1e-6 + 2e-7 * channels**0.5
+    assert two < 5e-7 + 5e-8 * channels**0.5
+    assert two < four or channels == 1
+
+
+@native
+@every_tile
+@pytest.mark.parametrize("shape", [(8, 20, 33, 30), (1, 200, 20, 20)])  # many tiles; few, whose patches threads share
+def test_transformed_weight_gives_the_same_bits(tile, shape):
+    x, weight, residual = draw(*shape), filters(70, shape[1]), draw(shape[0], 70, *shape[2:], seed=3)
+    bias = draw(shape[0], 70, seed=2)
+    once = winograd_weight(weight, tile)
+    found = winograd_conv2d(x, once, bias, residual)
+    assert torch.equal(found, winograd_conv2d(x, weight, bias, residual, tile=tile, backend="cpp"))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    expected = winograd_conv2d_reference(x.double(), weight.double(), bias.double(), residual.double())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
+
+
+@native
+def test_a_sample_does_not_depend_on_its_batch():
+    x, weight = draw(11, 40, 12, 12), filters(20, 40)
+    whole = winograd_conv2d(x, weight)
+    assert torch.equal(winograd_conv2d(x[7:8], weight), whole[7:8])
+
+
+@native
+@every_tile
+@pytest.mark.parametrize("double", [False, True])
+def test_gradients_are_those_of_the_convolution(tile, double):
+    leaves = [draw(3, 5, 6, 7), filters(4, 5), draw(3, 4, seed=2)]
+    found, exact = [v.clone().requires_grad_() for v in leaves], [v.double().requires_grad_() for v in leaves]
+    y = winograd_conv2d(*found, tile=tile, double=double, backend="cpp")
+    towards = draw(*y.shape, seed=3)
+    got = torch.autograd.grad(y, found, towards)
+    expected = torch.autograd.grad(winograd_conv2d_reference(*exact, double=double), exact, towards.double())
+    for value, truth in zip(got, expected, strict=True):
+        assert (value - truth).abs().max() < 5e-6 * truth.abs().max()
+
+
+def test_double_precision_is_the_references():
+    x, weight = draw(1, 2, 5, 5).double(), filters(3, 2).double()
+    assert torch.equal(winograd_conv2d(x, weight), F.conv2d(x, weight, padding=1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weight": torch.zeros(4, 3, 5, 5)}, r"weight must have shape \[O, C, 3, 3\], got \[4, 3, 5, 5\]"),
+        ({"x": torch.zeros(2, 5, 6, 6)}, r"x must have shape \[N, 3, H, W\] .*, got \[2, 5, 6, 6\]"),
+        ({"x": torch.zeros(2, 3, 0, 6)}, "pixels"),
+        ({"bias": torch.zeros(3, 4)}, r"bias must have shape \[4\] or \[1, 4\] or \[2, 4\], got \[3, 4\]"),
+        ({"residual": torch.zeros(2, 4, 6, 5)}, r"residual must have shape \[2, 4, 6, 6\], got \[2, 4, 6, 5\]"),
+        ({"bias": torch.zeros(4).double()}, "bias must be torch.float32 .* got torch.float64"),
+        ({"weight": torch.zeros(4, 3, 3, 3).half()}, "weight must be torch.float32 .* got torch.float16"),
+        ({"x": torch.zeros(2, 3, 6, 6, dtype=torch.int64)}, "x must be a floating-point tensor, got torch.int64"),
+        ({"tile": 3}, "tile must be 2 or 4, got 3"),
+    ],
+)
+def test_bad_arguments_are_named(changed, message):
+    arguments = {"x": torch.zeros(2, 3, 6, 6), "weight": torch.zeros(4, 3, 3, 3), **changed}
+    with pytest.raises((TypeError, ValueError), match=message):
+        winograd_conv2d(**arguments)
+
+
+@native
+def test_transformed_weight_refuses_gradients():
+    once = winograd_weight(filters(4, 3))
+    with pytest.raises(ValueError, match="serves no gradients"):
+        winograd_conv2d(draw(1, 3, 4, 4).requires_grad_(), once)
+    with pytest.raises(ValueError, match=r"cannot serve: .*float64"):
+        winograd_weight(filters(4, 3).double())
+
+
+@native
+def test_tile_goes_by_what_there_is_to_win():
+    assert winograd_tile(torch.empty(8, 128, 32, 32), 128) == 4
+    assert winograd_tile(torch.empty(8, 256, 4, 4), 256) in (2, 4)
+    assert winograd_tile(torch.empty(8, 256, 4, 4), 256, double=True) == winograd_tile(torch.empty(8, 256, 8, 8), 256) == 4
+    assert winograd_tile(torch.empty(1, 256, 4, 4), 256) is None  # bound by its weights
+    assert winograd_tile(torch.empty(8, 3, 32, 32), 128) is None  # by its transformations
+    assert winograd_tile(torch.empty(8, 128, 32, 32), 3) is None
+    assert winograd_tile(torch.empty(8, 128, 32, 32).bfloat16(), 128) is None
+    with use_backend("reference"):
+        assert winograd_tile(torch.empty(8, 128, 32, 32), 128) is None
