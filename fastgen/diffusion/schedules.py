@@ -152,6 +152,10 @@ class Schedule(abc.ABC):
         """s, such that the samplers of second order step x / s by sigma / s: alpha, as in k-diffusion and EDM."""
         return alpha
 
+    def of_level(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(time, alpha, sigma) where sigma / s is ``level``."""
+        return self.time(level), *self.of_ratio(level)
+
     def log_snr(self, time: Tensor) -> Tensor:
         """log(alpha^2 / sigma^2) in nats."""
         alpha, sigma = self.at(time)
@@ -162,8 +166,8 @@ class Schedule(abc.ABC):
 
         Args:
             steps: how many, or the times themselves, falling.
-            spacing: how they lie, see :meth:`times`; "karras", "exponential" and "beta" space sigma / alpha as
-                :func:`noise_levels` does.
+            spacing: how they lie, see :meth:`times`; "karras", "exponential" and "beta" space the level sigma / s as
+                :func:`noise_levels` does: sigma / alpha, but along a flow the time (see :meth:`straight_scale`).
 
         Raises:
             ValueError: for times that do not fall, or more steps than there are.
@@ -180,9 +184,8 @@ class Schedule(abc.ABC):
             raise ValueError(f"steps must be at least 1, got {steps}")
         elif spacing in get_args(Levels):
             alpha, sigma = self.at(self.times(2, "linspace"))
-            high, low = (sigma / alpha).tolist()
-            ratio = noise_levels(spacing, steps, low, high)  # type: ignore[arg-type]
-            time, (alpha, sigma) = self.time(ratio), self.of_ratio(ratio)
+            high, low = (sigma / self.straight_scale(alpha, sigma)).tolist()
+            time, alpha, sigma = self.of_level(noise_levels(spacing, steps, low, high))  # type: ignore[arg-type]
         else:
             time = self.times(steps, spacing)
             alpha, sigma = self.at(time)
@@ -417,6 +420,9 @@ class Flow(_Continuous):
 
     def straight_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return alpha + sigma
+
+    def of_level(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return level, *self.at(level)
 
 
 def target_rows(target: Target, alpha: Tensor, sigma: Tensor) -> Tensor:

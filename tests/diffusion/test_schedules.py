@@ -210,7 +210,7 @@ def test_noise_levels():
     stats = pytest.importorskip("scipy.stats")
     for kind in ("karras", "exponential", "beta"):
         levels = noise_levels(kind, 9, 0.03, 14.0)
-        torch.testing.assert_close(levels[[0, -1]], torch.tensor([14.0, 0.03]).double(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(levels[[0, -1]], torch.tensor([14.0, 0.03], dtype=torch.float64), rtol=1e-12, atol=0)
         assert bool((levels.diff() < 0).all())
     torch.testing.assert_close(noise_levels("exponential", 9, 0.03, 14.0).log().diff(2), torch.zeros(7).double())
     shares = (noise_levels("beta", 9, 0.03, 14.0) - 0.03) / (14.0 - 0.03)
@@ -228,3 +228,7 @@ def test_spacings_by_level(spacing):
     torch.testing.assert_close(ratio, noise_levels(spacing, 12, float(ratio[-1]), float(ratio[0])), rtol=1e-9, atol=0)
     assert float(grid.time[0]) == 999
     assert float(grid.time[-1]) == 0
+    # along a flow it is the time that is spaced: sigma / alpha is infinite at its start
+    along = Flow().grid(12, spacing)
+    torch.testing.assert_close(along.time, noise_levels(spacing, 12, 1e-3, 1.0), rtol=1e-9, atol=0)
+    assert torch.equal(along.sigma, along.time)
