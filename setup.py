@@ -71,12 +71,13 @@ def ninja_file(target: Path, build: Path) -> str:
     ops = sorted(header.stem for header in (CSRC / "ops").glob("*.h"))
     openmp = openmp_flags(build)
     write_if_changed(build / "units.inc", "".join(f"UNIT({isa}, {op})\n" for isa in isas for op in ops))
-    bindings = [f"-I{build}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    units = {build / "bindings.o": (CSRC / "bindings.cpp", bindings)}
+    source = Path(os.path.relpath(CSRC, build))  # relative, so that a checkout may be moved or copied with its objects
+    bindings = ["-I.", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    units = {"bindings.o": (source / "bindings.cpp", bindings)}
     for isa in isas:
         for op in ops:
             flags = [*KERNEL_FLAGS, *ISA_FLAGS[isa], *openmp, f"-DFASTGEN_ISA={isa}", f"-DFASTGEN_OP={op}"]
-            units[build / f"{op}.{isa}.o"] = (CSRC / "unit.cpp", flags)
+            units[f"{op}.{isa}.o"] = (source / "unit.cpp", flags)
     lines = [
         f"cxx = {' '.join(compiler())}",
         "rule compile",
@@ -86,9 +87,9 @@ def ninja_file(target: Path, build: Path) -> str:
         "rule link",
         f"  command = $cxx -shared $in -o $out {' '.join(openmp)}",
     ]
-    for unit, (source, flags) in units.items():
-        lines += [f"build {unit}: compile {source.resolve()}", f"  flags = {' '.join(flags)}"]
-    lines += [f"build {target}: link {' '.join(map(str, units))}", ""]
+    for unit, (file, flags) in units.items():
+        lines += [f"build {unit}: compile {file}", f"  flags = {' '.join(flags)}"]
+    lines += [f"build {target}: link {' '.join(units)}", ""]
     return "\n".join(lines)
 
 
