@@ -2,9 +2,9 @@
 // fastgen/ops/trace_sqrt_product.py has the mathematics.
 //
 // 1. Householder reflections, BAND columns at a time, take the matrix to a band B of BAND diagonals on either side:
-//    A <- A - V W^T - W V^T. All but a few percent of it are products of tiles, near the speed of the machine, where a reduction
-//    to tridiagonal form is half matrix-vector products at the speed of the memory. The matrix is kept as tiles of BAND x BAND, of
-//    the lower triangle only.
+//    A <- A - V W^T - W V^T. All but a few percent of it are products of tiles, near the speed of the machine, where a
+//    reduction to tridiagonal form is half matrix-vector products at the speed of the memory. The matrix is kept as tiles of
+//    BAND x BAND, of the lower triangle only.
 // 2. sum sqrt(lambda) = n sqrt((a + g) / 2) + 1/(2 pi) integral over x of
 //        e^(x/2) [log det(I + B e^-x) - n/2 log(1 + 2a e^-x + g^2 e^-2x)]
 //    with a and g the arithmetic and the geometric mean of the eigenvalues, which trace and determinant give: the second term
@@ -32,7 +32,7 @@ INLINE v64 fma(v64 a, v64 b, v64 c) {
 #endif
 }
 
-// A register block is ROWS x 3 vectors of sums; with the vectors of the right side and one broadcast it fills the register file.
+// A register block is ROWS x 3 vectors of sums; with those of the right side and one broadcast it fills the register file.
 #if defined(__AVX512F__) || defined(FASTGEN_NEON)
 constexpr int ROWS = 8;
 #else
@@ -55,19 +55,19 @@ struct Doubles {
   ~Doubles() { delete[] memory; }
 };
 
-// to[ROWS][COLUMNS] += (or -=) sum over k of a[r * across + k * along] * b[k][COLUMNS]
-template <bool Minus>
+// to[ROWS][COLUMNS] += sum over k of a[r * across + k * along] * b[k][COLUMNS]. Half a line at `ahead` is fetched for each k.
 INLINE void add_block(int64_t count, const double* a, int64_t across, int64_t along, const double* b, double* to,
-                      int64_t pitch) {
+                      int64_t pitch, const double* ahead) {
   v64 total[ROWS][3];
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < 3; ++v) total[r][v] = load<v64>(to + r * pitch + v * DOUBLES);
-  for (int64_t k = 0; k < count; ++k, a += along, b += COLUMNS) {
+  for (int64_t k = 0; k < count; ++k, a += along, b += COLUMNS, ahead += 4) {
     v64 right[3];
     for (int v = 0; v < 3; ++v) right[v] = load<v64>(b + v * DOUBLES);
+    __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      const v64 left = splat64(Minus ? -a[r * across] : a[r * across]);
+      const v64 left = splat64(a[r * across]);
       for (int v = 0; v < 3; ++v) total[r][v] = fma(left, right[v], total[r][v]);
     }
   }
@@ -75,12 +75,11 @@ INLINE void add_block(int64_t count, const double* a, int64_t across, int64_t al
     for (int v = 0; v < 3; ++v) store(to + r * pitch + v * DOUBLES, total[r][v]);
 }
 
-// The same for a tile of results that is packed like a right side.
-INLINE void add_tile(int64_t count, const double* a, int64_t across, int64_t along, const double* b, double* to) {
-  for (int g = 0; g < GROUPS; ++g)
-    for (int64_t r = 0; r < BAND; r += ROWS)
-      add_block<false>(count, a + r * across, across, along, b + g * count * COLUMNS, to + g * BAND * COLUMNS + r * COLUMNS,
-                       COLUMNS);
+// to[BAND][BAND] += a * b, both b and the result packed like right sides. The tile `next` is on its way meanwhile.
+INLINE void add_tile(const double* a, int64_t across, int64_t along, const double* b, double* to, const double* next) {
+  for (int g = 0; g < GROUPS; ++g, b += BAND * COLUMNS)
+    for (int64_t r = 0; r < BAND; r += ROWS, to += ROWS * COLUMNS, next += AREA / (GROUPS * (BAND / ROWS)))
+      add_block(BAND, a + r * across, across, along, b, to, COLUMNS, next);
 }
 INLINE void pack_tile(const double* from, int64_t pitch, double* to) {
   for (int g = 0; g < GROUPS; ++g)
@@ -121,9 +120,9 @@ struct Tiles {
   }
 };
 
-// Householder QR of a panel [rows, BAND]. The panel is left with R in its upper triangle and, below that, vectors which `scale`
-// takes to those with a leading one: H_k = I - tau_k v_k v_k^T. A pass over the rows applies one reflection and finds the products
-// of the next column with those right of it. Columns of groups before First are done.
+// Householder QR of a panel [rows, BAND]. The panel is left with R in its upper triangle and, below that, vectors which
+// `scale` takes to those with a leading one: H_k = I - tau_k v_k v_k^T. A pass over the rows applies one reflection and finds
+// the products of the next column with those right of it. Columns of groups before First are done.
 template <int First>
 INLINE void reflect_rows(int64_t rows, double* panel, int64_t k, const double* factor, double* products) {
   constexpr int VECTORS = BAND / DOUBLES, BEGIN = First * 3;
@@ -175,6 +174,8 @@ inline void factor_panel(int64_t rows, double* panel, double* tau, double* scale
 // Takes the tiles to a band: what is left of column j are the tile of the diagonal and the upper triangle of the tile below it.
 inline void reduce_to_band(const Tiles& tiles, int64_t threads) {
   const int64_t side = tiles.side;
+  // rows or columns of tiles of a task: the other side of the product is read so many times less
+  constexpr int64_t TALL = 2, WIDE = 3;
   constexpr int64_t PARTS = 8;  // sums over rows are taken in so many parts, whatever the number of threads
   const Doubles left(side * 2 * AREA), packed(side * AREA), image(side * AREA), right(side * 2 * AREA);
   const Doubles parts(PARTS * AREA), triangle(4 * AREA);
@@ -207,7 +208,7 @@ inline void reduce_to_band(const Tiles& tiles, int64_t threads) {
         double* sum = parts.data + part * AREA;
         memset(sum, 0, AREA * sizeof(double));
         for (int64_t i = count * part / PARTS; i < count * (part + 1) / PARTS; ++i)
-          add_tile(BAND, left.data + i * 2 * AREA, 1, 2 * BAND, x + i * AREA, sum);
+          add_tile(left.data + i * 2 * AREA, 1, 2 * BAND, x + i * AREA, sum, x + (i + 1) * AREA);
       });
       sum_parts(to);
     };
@@ -224,15 +225,17 @@ inline void reduce_to_band(const Tiles& tiles, int64_t threads) {
     }
     pack_tile(t, BAND, tp);
     // Z = A V
-    parallel_uneven(count, threads, [&](int64_t i) {
-      double* to = image.data + i * AREA;
-      memset(to, 0, AREA * sizeof(double));
-      for (int64_t c = 0; c < count; ++c) {
-        const double* x = packed.data + c * AREA;
-        if (c <= i) add_tile(BAND, tiles.at(first + i, first + c), BAND, 1, x, to);
-        else add_tile(BAND, tiles.at(first + c, first + i), 1, BAND, x, to);
-      }
-      unpack_tile(to, left.data + i * 2 * AREA + BAND, 2 * BAND);
+    parallel_uneven(ceil_div(count, TALL), threads, [&](int64_t task) {
+      const int64_t begin = task * TALL, end = min(count, begin + TALL);
+      const auto tile = [&](int64_t i, int64_t c) { return tiles.at(first + max(i, c), first + min(i, c)); };
+      memset(image.data + begin * AREA, 0, (end - begin) * AREA * sizeof(double));
+      for (int64_t c = 0; c < count; ++c)
+        for (int64_t i = begin; i < end; ++i) {
+          const double* next = i + 1 < end ? tile(i + 1, c) : tile(begin, min(c + 1, count - 1));
+          const int64_t across = c <= i ? BAND : 1;
+          add_tile(tile(i, c), across, BAND + 1 - across, packed.data + c * AREA, image.data + i * AREA, next);
+        }
+      for (int64_t i = begin; i < end; ++i) unpack_tile(image.data + i * AREA, left.data + i * 2 * AREA + BAND, 2 * BAND);
     });
     // C = T^T (V^T Z) T / 2
     project(image.data, gram);
@@ -250,26 +253,30 @@ inline void reduce_to_band(const Tiles& tiles, int64_t threads) {
         gram[r * BAND + c] = sum;
       }
     pack_tile(gram, BAND, cp);
-    // W = Z T - V C, and [W | V] transposed and packed as right sides
+    // W = Z T - V C, and -[W | V] transposed and packed as right sides
     parallel_for(count, threads, [&](int64_t i) {
       double *v = left.data + i * 2 * AREA, *w = image.data + i * AREA;
       memset(w, 0, AREA * sizeof(double));
-      add_tile(BAND, v + BAND, 2 * BAND, 1, tp, w);
-      add_tile(BAND, v, 2 * BAND, 1, cp, w);
+      add_tile(v + BAND, 2 * BAND, 1, tp, w, w + AREA);
+      add_tile(v, 2 * BAND, 1, cp, w, v + 2 * AREA);
       unpack_tile(w, v + BAND, 2 * BAND);
       double* to = right.data + i * 2 * AREA;
       for (int g = 0; g < GROUPS; ++g)
         for (int64_t k = 0; k < 2 * BAND; ++k, to += COLUMNS)
-          for (int c = 0; c < COLUMNS; ++c) to[c] = v[(g * COLUMNS + c) * 2 * BAND + (k + BAND) % (2 * BAND)];
+          for (int c = 0; c < COLUMNS; ++c) to[c] = -v[(g * COLUMNS + c) * 2 * BAND + (k + BAND) % (2 * BAND)];
     });
     // A -= [V | W] [W | V]^T
-    parallel_uneven(count, threads, [&](int64_t c) {
-      for (int g = 0; g < GROUPS; ++g)
-        for (int64_t i = c; i < count; ++i) {
-          double* to = tiles.at(first + i, first + c) + g * COLUMNS;
-          for (int64_t r = 0; r < BAND; r += ROWS)
-            add_block<true>(2 * BAND, left.data + i * 2 * AREA + r * 2 * BAND, 2 * BAND, 1,
-                            right.data + c * 2 * AREA + g * 2 * BAND * COLUMNS, to + r * BAND, BAND);
+    parallel_uneven(ceil_div(count, WIDE), threads, [&](int64_t task) {
+      const int64_t begin = task * WIDE, end = min(count, begin + WIDE);
+      for (int64_t i = begin; i < count; ++i)
+        for (int64_t c = begin; c < min(end, i + 1); ++c) {
+          const bool last = c + 1 == min(end, i + 1);
+          const double* next = last ? tiles.at(first + i, first + begin) + AREA : tiles.at(first + i, first + c + 1);
+          double* to = tiles.at(first + i, first + c);
+          for (int g = 0; g < GROUPS; ++g)
+            for (int64_t r = 0; r < BAND; r += ROWS, next += AREA / (GROUPS * (BAND / ROWS)))
+              add_block(2 * BAND, left.data + (i * BAND + r) * 2 * BAND, 2 * BAND, 1,
+                        right.data + (c * GROUPS + g) * 2 * BAND * COLUMNS, to + r * BAND + g * COLUMNS, BAND, next);
         }
     });
   }
@@ -298,7 +305,9 @@ struct Band {
   inline void factor(const double* shifts, double* log_det, double* smallest) const {
     const Doubles ring(RING * BLOCK * (LINE + 1) * DOUBLES, true);
     double* inverse = ring.data + RING * BLOCK * LINE * DOUBLES;  // 1 / pivot of the rows of the ring
-    const auto line = [&](int64_t block, int64_t r) { return ring.data + ((block + RING) % RING * BLOCK + r) * LINE * DOUBLES; };
+    const auto line = [&](int64_t block, int64_t r) {
+      return ring.data + ((block + RING) % RING * BLOCK + r) * LINE * DOUBLES;
+    };
     const v64 shift = load<v64>(shifts);
     v64 least = splat64(1e300);
     double total[DOUBLES] = {};
