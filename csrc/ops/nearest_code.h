@@ -39,6 +39,17 @@ INLINE double exact_distance(int64_t width, const T* z, const T* c) {
   constexpr int N = 8;
   double sums[N] = {};
   int64_t i = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {  // what the loop below says
+    __m512d total = _mm512_setzero_pd();
+    for (; i + N <= width; i += N) {
+      const __m512d a = _mm512_maskz_cvtps_pd((__mmask8)-1, _mm256_loadu_ps(z + i));
+      const __m512d difference = _mm512_sub_pd(a, _mm512_maskz_cvtps_pd((__mmask8)-1, _mm256_loadu_ps(c + i)));
+      total = _mm512_add_pd(total, _mm512_mul_pd(difference, difference));
+    }
+    _mm512_storeu_pd(sums, total);
+  }
+#endif
   for (; i + N <= width; i += N)
     for (int j = 0; j < N; ++j) {
       const double difference = (double)widen(z[i + j]) - (double)widen(c[i + j]);
@@ -290,8 +301,8 @@ struct RowsOfCodes {
 
 #if defined(__AVX512F__)
 constexpr int64_t MOST = 32;     // codes of a row that are left to be measured
-constexpr int64_t SCORED = 512;  // codes whose scores are kept at a time, in L2
-constexpr int64_t NARROWEST = 16, FEWEST = 64;  // vectors and codebooks from which on bytes are faster
+constexpr int64_t SCORED = 256;  // codes whose scores are kept at a time
+constexpr int64_t NARROWEST = 32, WIDEST = 256, FEWEST = 64;  // vectors and codebooks for which bytes are faster
 
 INLINE bool multiplies_bytes() { return __builtin_cpu_supports("avx512vnni"); }
 
@@ -410,15 +421,16 @@ struct ByteStrip {
       }
       scale[row] = step[0];
       // the bounds of two scores, widened by more than these sums are rounded; and the rounding of the scores themselves
-      const double bound = __builtin_sqrt((double)sum(rest)) * book.radius + __builtin_sqrt((double)sum(length)) * codes.error;
-      margin[row] = (float)(2.002 * bound) + 2 * book.uncertainty(__builtin_sqrt((double)sum(square)));
+      const auto root = [](vf squares) { return __builtin_sqrt((double)_mm512_reduce_add_ps((__m512)squares)); };
+      const double bound = root(rest) * book.radius + root(length) * codes.error;
+      margin[row] = (float)(2.002 * bound) + 2 * book.uncertainty(root(square));
       if (!(margin[row] < INFINITE)) return false;
     }
     return true;
   }
 
-  // total[r][v] += products of the bytes of code r of a block and of the rows of vector v. The compiler is told of the
-  // instruction only here: the rest of this unit runs without it.
+  // total[r][v] += products of the bytes of code r of a block and of the rows of vector v. The instruction stands here alone:
+  // the rest of the unit must run without it.
   INLINE void multiply(const uint8_t* z, const int8_t* code_, vi (&total)[CODES][VECTORS]) const {
     for (int64_t g = 0; g < codes.groups; ++g, z += STRIP * 4, code_ += CODES * 4) {
       vi x[VECTORS];
@@ -440,19 +452,25 @@ struct ByteStrip {
     float* to = scores;
     for (int64_t block = begin; block < end; ++block) {
       vi total[CODES][VECTORS];
+#pragma GCC unroll 8
       for (int r = 0; r < CODES; ++r)
+#pragma GCC unroll 3
         for (int v = 0; v < VECTORS; ++v) total[r][v] = splat_i(codes.offset[block * CODES + r]);
       multiply(bytes, codes.bytes + block * codes.size, total);
+#pragma GCC unroll 3
       for (int v = 0; v < VECTORS; ++v) {
         const vf step = load<vf>(scale + v * LANES);
-        vf most = load<vf>(best + v * LANES);
+        vf s[CODES];
+#pragma GCC unroll 8
         for (int r = 0; r < CODES; ++r) {
           const vf by = splat(codes.scale[block * CODES + r]) * step;
-          const vf s = fma(to_float(total[r][v]), by, splat(book.packed[block * book.size + r]));
-          most = larger(s, most);
-          store(to + r * STRIP + v * LANES, s);
+          s[r] = fma(to_float(total[r][v]), by, splat(book.packed[block * book.size + r]));
+          store(to + r * STRIP + v * LANES, s[r]);
         }
-        store(best + v * LANES, most);
+#pragma GCC unroll 8
+        for (int half = CODES / 2; half; half /= 2)
+          for (int r = 0; r < half; ++r) s[r] = larger(s[r], s[r + half]);
+        store(best + v * LANES, larger(s[0], load<vf>(best + v * LANES)));
       }
       to += CODES * STRIP;
     }
@@ -511,8 +529,9 @@ INLINE void nearest_code_fwd_as(int64_t rows, int64_t codes, int64_t width, cons
                                 float* distance, int64_t* counts, float* sums, int64_t threads) {
   const PackedCodes book(codes, width, codebook, worthwhile(threads, codes * width));
 #if defined(__AVX512F__)
-  const bool fine = multiplies_bytes() && width >= NARROWEST && width <= 1 << 14 && codes >= FEWEST && rows >= STRIP;
+  const bool fine = multiplies_bytes() && width >= NARROWEST && width <= WIDEST && codes >= FEWEST && rows >= STRIP;
   const ByteCodes* bytes = fine ? new ByteCodes(book, threads) : nullptr;
+  int64_t failures = 0, successes = 0;
 #endif
   const int64_t strips = ceil_div(rows, STRIP);
   const int64_t height = max(1, min(strips / 16, ROWS / (STRIP * (width + 1))));  // of a tile, in strips
@@ -520,10 +539,12 @@ INLINE void nearest_code_fwd_as(int64_t rows, int64_t codes, int64_t width, cons
   parallel_uneven(ceil_div(strips, height), worthwhile(threads, rows * (codes * width / 64 + 1)), [&](int64_t task) {
     int64_t first = task * height * STRIP, count = min(height * STRIP, rows - first);
 #if defined(__AVX512F__)
-    if (bytes) {
+    // the result is the same either way: bytes are given up where they have failed more often than not
+    if (bytes && __atomic_load_n(&failures, __ATOMIC_RELAXED) <= 1 + __atomic_load_n(&successes, __ATOMIC_RELAXED)) {
       ByteStrip strip(book, *bytes);
       while (count > 0 && strip.settle(min(STRIP, count), z + first * width, codebook, index + first, distance + first))
         first += STRIP, count -= STRIP;
+      __atomic_fetch_add(count > 0 ? &failures : &successes, 1, __ATOMIC_RELAXED);
       if (count <= 0) return;
     }
 #endif
