@@ -5,6 +5,10 @@
 // the running maximum needs no exchange of lanes. A block updates it only where some lane comes within rounding of its maximum
 // so far. Rows that another code came that close to go through the scores once more, and whatever comes that close again is
 // measured in float64: the index is that of the smallest distance, not of the largest rounded score.
+//
+// Where the machine multiplies bytes four times as fast (AVX-512 VNNI), the scores are first taken of rows and codes rounded to
+// 8 bits. |x.c - x'.c'| <= |x - x'| |c| + |x'| |c - c'| says how far they can be off: what comes that close to the best is
+// measured in float64, usually two or three codes. Where more than MOST of them do, the float32 scores take over.
 #pragma once
 #include "../parallel.h"
 #include "../unit.h"
@@ -27,12 +31,25 @@ constexpr int64_t ROWS = 32 << 10;          // floats of packed rows beside them
 constexpr int64_t GROUP = 64;               // codes whose sums are one task
 constexpr float INFINITE = __builtin_inff();
 
+INLINE int64_t worthwhile(int64_t threads, int64_t work) { return work < 4 * SERIAL ? 1 : threads; }
+
 // |z - c|^2 in float64, by the same operations in the same order on every instruction set
 template <class T>
 INLINE double exact_distance(int64_t width, const T* z, const T* c) {
   constexpr int N = 8;
   double sums[N] = {};
   int64_t i = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {  // what the loop below says
+    __m512d total = _mm512_setzero_pd();
+    for (; i + N <= width; i += N) {
+      const __m512d a = _mm512_maskz_cvtps_pd((__mmask8)-1, _mm256_loadu_ps(z + i));
+      const __m512d difference = _mm512_sub_pd(a, _mm512_maskz_cvtps_pd((__mmask8)-1, _mm256_loadu_ps(c + i)));
+      total = _mm512_add_pd(total, _mm512_mul_pd(difference, difference));
+    }
+    _mm512_storeu_pd(sums, total);
+  }
+#endif
   for (; i + N <= width; i += N)
     for (int j = 0; j < N; ++j) {
       const double difference = (double)widen(z[i + j]) - (double)widen(c[i + j]);
@@ -282,17 +299,255 @@ struct RowsOfCodes {
   }
 };
 
-INLINE int64_t worthwhile(int64_t threads, int64_t work) { return work < 4 * SERIAL ? 1 : threads; }
+#if defined(__AVX512F__)
+constexpr int64_t MOST = 32;     // codes of a row that are left to be measured
+constexpr int64_t SCORED = 256;  // codes whose scores are kept at a time
+constexpr int64_t NARROWEST = 32, WIDEST = 256, FEWEST = 64;  // vectors and codebooks for which bytes are faster
+
+INLINE bool multiplies_bytes() { return __builtin_cpu_supports("avx512vnni"); }
+
+// The centred codes in 8 bits, with a scale each: [block][group of four elements][CODES][4].
+struct ByteCodes {
+  int64_t groups, size;
+  int8_t* bytes;
+  int32_t* offset;  // of the sum of products: bytes of rows stand 128 too high
+  float* scale;
+  double error;  // the largest |c - scale * bytes|
+
+  ByteCodes(const PackedCodes& book, int64_t threads) : groups(ceil_div(book.width, 4)), size(groups * CODES * 4) {
+    bytes = new int8_t[book.blocks * size]();
+    offset = new int32_t[book.blocks * CODES];
+    scale = new float[book.blocks * CODES];
+    double* errors = new double[book.blocks];
+    parallel_for(ceil_div(book.blocks, GROUP), worthwhile(threads, book.codes * book.width), [&](int64_t task) {
+      for (int64_t b = task * GROUP; b < min(book.blocks, (task + 1) * GROUP); ++b) errors[b] = round_block(book, b);
+    });
+    double largest = 0;
+    for (int64_t b = 0; b < book.blocks; ++b) largest = errors[b] > largest ? errors[b] : largest;
+    error = __builtin_sqrt(largest);
+    delete[] errors;
+  }
+  ByteCodes(const ByteCodes&) = delete;
+  ~ByteCodes() {
+    delete[] bytes;
+    delete[] offset;
+    delete[] scale;
+  }
+
+  // Returns the largest |c - scale * bytes|^2 of a block.
+  double round_block(const PackedCodes& book, int64_t block) {
+    const float* lines = book.packed + block * book.size + CODES;
+    float top[CODES] = {}, inverse[CODES], step[CODES];
+    double squares[CODES] = {};
+    int32_t sums[CODES] = {};
+    for (int64_t i = 0; i < book.width; ++i)
+      for (int r = 0; r < CODES; ++r) {
+        const float size_ = __builtin_fabsf(lines[i * CODES + r]);
+        top[r] = size_ > top[r] ? size_ : top[r];
+      }
+    for (int r = 0; r < CODES; ++r) {
+      const bool fits = top[r] > 1e-30f;
+      inverse[r] = fits ? 127.0f / top[r] : 0.0f, step[r] = fits ? top[r] / 127.0f : 0.0f;
+    }
+    for (int64_t i = 0; i < book.width; ++i) {
+      int8_t* to = bytes + block * size + i / 4 * CODES * 4 + i % 4;
+      for (int r = 0; r < CODES; ++r) {
+        const float c = lines[i * CODES + r], rounded = __builtin_nearbyintf(c * inverse[r]);
+        const double rest = (double)c - (double)step[r] * (double)rounded;
+        squares[r] += rest * rest;
+        sums[r] += (int32_t)rounded;
+        to[r * 4] = (int8_t)(int32_t)rounded;
+      }
+    }
+    double largest = 0;
+    for (int r = 0; r < CODES; ++r) {
+      offset[block * CODES + r] = -128 * sums[r], scale[block * CODES + r] = step[r];
+      largest = squares[r] > largest ? squares[r] : largest;
+    }
+    return largest;
+  }
+};
+
+// A strip of rows in 8 bits, and the codes that may be nearest to them.
+struct ByteStrip {
+  const PackedCodes& book;
+  const ByteCodes& codes;
+  uint8_t *memory, *bytes;  // [group][STRIP][4]
+  float *scores, *line;     // scores: [SCORED][STRIP]
+  alignas(64) float scale[STRIP], margin[STRIP], best[STRIP];
+  int32_t found[STRIP], code[STRIP][MOST];
+  float score[STRIP][MOST];
+
+  ByteStrip(const PackedCodes& book_, const ByteCodes& codes_) : book(book_), codes(codes_) {
+    const int64_t room = codes.groups * 4 + LANES;
+    memory = new uint8_t[codes.groups * STRIP * 4 + (SCORED * STRIP + room) * sizeof(float) + 64];
+    bytes = (uint8_t*)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
+    scores = (float*)(bytes + codes.groups * STRIP * 4);
+    line = scores + SCORED * STRIP;
+  }
+  ByteStrip(const ByteStrip&) = delete;
+  ~ByteStrip() { delete[] memory; }
+
+  // False where a row is not finite, or too large for a bound on its scores.
+  template <class T>
+  INLINE bool read(int64_t count, const T* z) {
+    for (int64_t row = 0; row < STRIP; ++row) {
+      found[row] = 0, best[row] = -INFINITE;
+      if (row >= count) {  // its limit is infinite
+        scale[row] = 0, margin[row] = -INFINITE;
+        continue;
+      }
+      __m512 top = _mm512_setzero_ps();
+      vf square{}, rest{}, length{};
+      for_blocks(book.width, [&](int64_t i, int64_t n) {
+        const vf x = block_load(z + row * book.width + i, n) - block_load(book.centre + i, n);
+        square = fma(x, x, square);
+        top = _mm512_maskz_max_ps((__mmask16)-1, top, _mm512_abs_ps((__m512)x));
+        store(line + i, x);
+      });
+      const float largest = _mm512_reduce_max_ps(top);
+      const bool fits = largest > 1e-30f;
+      const vf inverse = splat(fits ? 127.0f / largest : 0.0f), step = splat(fits ? largest / 127.0f : 0.0f);
+      for (int64_t i = 0; i < book.width; i += LANES) {
+        const vf x = load<vf>(line + i);
+        const vi whole = (vi)_mm512_maskz_cvtps_epi32((__mmask16)-1, (__m512)(x * inverse));
+        const vf rounded = to_float(whole) * step;
+        rest = fma(x - rounded, x - rounded, rest);
+        length = fma(rounded, rounded, length);
+        uint8_t words[LANES];
+        _mm_storeu_si128((__m128i*)words, _mm512_maskz_cvtepi32_epi8((__mmask16)-1, (__m512i)(whole + 128)));
+        for (int64_t g = 0; g < min(LANES / 4, codes.groups - i / 4); ++g)
+          memcpy(bytes + ((i / 4 + g) * STRIP + row) * 4, words + g * 4, 4);
+      }
+      scale[row] = step[0];
+      // the bounds of two scores, widened by more than these sums are rounded; and the rounding of the scores themselves
+      const auto root = [](vf squares) { return __builtin_sqrt((double)_mm512_reduce_add_ps((__m512)squares)); };
+      const double bound = root(rest) * book.radius + root(length) * codes.error;
+      margin[row] = (float)(2.002 * bound) + 2 * book.uncertainty(root(square));
+      if (!(margin[row] < INFINITE)) return false;
+    }
+    return true;
+  }
+
+  // total[r][v] += products of the bytes of code r of a block and of the rows of vector v. The instruction stands here alone:
+  // the rest of the unit must run without it.
+  INLINE void multiply(const uint8_t* z, const int8_t* code_, vi (&total)[CODES][VECTORS]) const {
+    for (int64_t g = 0; g < codes.groups; ++g, z += STRIP * 4, code_ += CODES * 4) {
+      vi x[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) x[v] = load<vi>(z + v * LANES * 4);
+#pragma GCC unroll 8
+      for (int r = 0; r < CODES; ++r) {
+        const vi c = splat_i(load<int32_t>(code_ + r * 4));
+        for (int v = 0; v < VECTORS; ++v) {
+          vi sum = total[r][v];  // an element of the array itself would be kept in memory
+          asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x[v]), "v"(c));
+          total[r][v] = sum;
+        }
+      }
+    }
+  }
+
+  // The scores of blocks [begin, end), and the best so far.
+  INLINE void score_blocks(int64_t begin, int64_t end) {
+    float* to = scores;
+    for (int64_t block = begin; block < end; ++block) {
+      vi total[CODES][VECTORS];
+#pragma GCC unroll 8
+      for (int r = 0; r < CODES; ++r)
+#pragma GCC unroll 3
+        for (int v = 0; v < VECTORS; ++v) total[r][v] = splat_i(codes.offset[block * CODES + r]);
+      multiply(bytes, codes.bytes + block * codes.size, total);
+#pragma GCC unroll 3
+      for (int v = 0; v < VECTORS; ++v) {
+        const vf step = load<vf>(scale + v * LANES);
+        vf s[CODES];
+#pragma GCC unroll 8
+        for (int r = 0; r < CODES; ++r) {
+          const vf by = splat(codes.scale[block * CODES + r]) * step;
+          s[r] = fma(to_float(total[r][v]), by, splat(book.packed[block * book.size + r]));
+          store(to + r * STRIP + v * LANES, s[r]);
+        }
+#pragma GCC unroll 8
+        for (int half = CODES / 2; half; half /= 2)
+          for (int r = 0; r < half; ++r) s[r] = larger(s[r], s[r + half]);
+        store(best + v * LANES, larger(s[0], load<vf>(best + v * LANES)));
+      }
+      to += CODES * STRIP;
+    }
+  }
+
+  // Drops codes of a row that are no longer close to the best.
+  INLINE void forget(int64_t row) {
+    int32_t kept = 0;
+    for (int32_t i = 0; i < found[row]; ++i)
+      if (score[row][i] >= best[row] - margin[row]) code[row][kept] = code[row][i], score[row][kept++] = score[row][i];
+    found[row] = kept;
+  }
+
+  // Nearest codes of up to STRIP rows and their distances; false where bytes cannot tell enough of them apart.
+  template <class T>
+  INLINE bool settle(int64_t count, const T* z, const T* codebook, int64_t* index, float* distance) {
+    if (!read(count, z)) return false;
+    for (int64_t begin = 0; begin < book.blocks; begin += SCORED / CODES) {
+      const int64_t end = min(book.blocks, begin + SCORED / CODES);
+      score_blocks(begin, end);
+      __m512 limit[VECTORS];
+      for (int v = 0; v < VECTORS; ++v)
+        limit[v] = _mm512_sub_ps(_mm512_load_ps(best + v * LANES), _mm512_load_ps(margin + v * LANES));
+      const float* from = scores;
+      for (int64_t k = begin * CODES; k < min(end * CODES, book.codes); ++k, from += STRIP) {
+        uint64_t close = 0;
+        for (int v = 0; v < VECTORS; ++v)
+          close |= (uint64_t)_mm512_cmp_ps_mask(_mm512_load_ps(from + v * LANES), limit[v], _CMP_GE_OQ) << (v * LANES);
+        for (; close; close &= close - 1) {
+          const int64_t row = __builtin_ctzll(close);
+          if (found[row] == MOST) forget(row);
+          if (found[row] == MOST) return false;
+          code[row][found[row]] = (int32_t)k, score[row][found[row]++] = from[row];
+        }
+      }
+    }
+    for (int64_t row = 0; row < count; ++row) {
+      if (!(best[row] > -INFINITE)) return false;
+      forget(row);
+      double least = (double)INFINITE;
+      int64_t which = -1;
+      for (int32_t i = 0; i < found[row]; ++i) {
+        const double d = exact_distance(book.width, z + row * book.width, codebook + code[row][i] * book.width);
+        if (d < least) least = d, which = code[row][i];
+      }
+      if (which < 0) return false;
+      index[row] = which, distance[row] = (float)least;
+    }
+    return true;
+  }
+};
+#endif
 
 template <class T>
 INLINE void nearest_code_fwd_as(int64_t rows, int64_t codes, int64_t width, const T* z, const T* codebook, int64_t* index,
                                 float* distance, int64_t* counts, float* sums, int64_t threads) {
   const PackedCodes book(codes, width, codebook, worthwhile(threads, codes * width));
+#if defined(__AVX512F__)
+  const bool fine = multiplies_bytes() && width >= NARROWEST && width <= WIDEST && codes >= FEWEST && rows >= STRIP;
+  const ByteCodes* bytes = fine ? new ByteCodes(book, threads) : nullptr;
+  int64_t failures = 0, successes = 0;
+#endif
   const int64_t strips = ceil_div(rows, STRIP);
   const int64_t height = max(1, min(strips / 16, ROWS / (STRIP * (width + 1))));  // of a tile, in strips
   const int64_t panel = max(1, PANEL / book.size);
   parallel_uneven(ceil_div(strips, height), worthwhile(threads, rows * (codes * width / 64 + 1)), [&](int64_t task) {
-    const int64_t first = task * height * STRIP, count = min(height * STRIP, rows - first);
+    int64_t first = task * height * STRIP, count = min(height * STRIP, rows - first);
+#if defined(__AVX512F__)
+    // the result is the same either way: bytes are given up where they have failed more often than not
+    if (bytes && __atomic_load_n(&failures, __ATOMIC_RELAXED) <= 1 + __atomic_load_n(&successes, __ATOMIC_RELAXED)) {
+      ByteStrip strip(book, *bytes);
+      while (count > 0 && strip.settle(min(STRIP, count), z + first * width, codebook, index + first, distance + first))
+        first += STRIP, count -= STRIP;
+      __atomic_fetch_add(count > 0 ? &failures : &successes, 1, __ATOMIC_RELAXED);
+      if (count <= 0) return;
+    }
+#endif
     const T* own = z + first * width;
     RowTile tile(height, width);
     tile.read(count, book, own);
@@ -320,6 +575,9 @@ INLINE void nearest_code_fwd_as(int64_t rows, int64_t codes, int64_t width, cons
       distance[first + row] = (float)exact_distance(width, own + row * width, codebook + tile.index[row] * width);
     }
   });
+#if defined(__AVX512F__)
+  delete bytes;
+#endif
   if (!counts) return;
   const RowsOfCodes members(rows, codes, index, distance);
   for (int64_t k = 0; k < codes; ++k) counts[k] = members.begin[k + 1] - members.begin[k];

@@ -1,11 +1,17 @@
 """trace_sqrt_product: closed forms, scipy, mpmath, ranks far below the size, factors, features, the certified bracket."""
 
+import sys
+
 import mpmath
 import pytest
 import scipy.linalg
 import torch
 
 from fastgen import ops
+from fastgen.ops import _native
+
+MODULE = sys.modules["fastgen.ops.trace_sqrt_product"]
+needs_kernels = pytest.mark.skipif(_native.missing() is not None, reason="no compiled kernels")
 
 
 def covariance(n, rank=None, seed=0, decay=0.0):
@@ -168,6 +174,61 @@ def test_bracket_holds_and_closes():
     torch.testing.assert_close(upper, true, rtol=1e-13, atol=0)
     u, _, vh = torch.linalg.svd(n)
     torch.testing.assert_close(factor, u @ vh, rtol=1e-8, atol=1e-8)
+
+
+def band_sum(m, threads=2):
+    """What the kernel gives for a matrix, of which it may read the lower half alone."""
+    m, out = m.tril() + torch.full_like(m, torch.nan).triu(1), m.new_zeros(())
+    _native.kernel("trace_sqrt_fwd")(len(m), m, out, threads)
+    return out
+
+
+@needs_kernels
+@pytest.mark.parametrize("n", [1, 2, 3, 47, 48, 49, 95, 96, 97, 200])
+def test_band_sum_is_that_of_the_eigenvalues(n):
+    m = covariance(n, decay=1)
+    torch.testing.assert_close(band_sum(m), torch.linalg.eigvalsh(m).sqrt().sum(), rtol=1e-13, atol=0)
+    assert torch.equal(band_sum(m, threads=1), band_sum(m, threads=2))
+
+
+@needs_kernels
+@pytest.mark.parametrize("spectrum", ["flat", "wide", "two clusters", "one large"])
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_band_sum_for_any_spectrum(spectrum, scale):
+    n = 100
+    values = {
+        "flat": torch.ones(n, dtype=torch.float64),
+        "wide": torch.logspace(0, -12, n, dtype=torch.float64),
+        "two clusters": torch.cat([torch.ones(3, dtype=torch.float64), torch.full((n - 3,), 1e-11, dtype=torch.float64)]),
+        "one large": torch.cat([torch.ones(1, dtype=torch.float64), torch.full((n - 1,), 1e-3, dtype=torch.float64)]),
+    }[spectrum]
+    q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
+    m = (q * values) @ q.mT
+    found = band_sum(scale * 0.5 * (m + m.mT))
+    # an eigenvalue is known to a few roundings of the largest
+    rounding = (1e-15 / values.sqrt()).sum() / values.sqrt().sum()
+    torch.testing.assert_close(found, scale**0.5 * values.sqrt().sum(), rtol=1e-13 + rounding.item(), atol=0)
+
+
+@needs_kernels
+def test_band_sum_is_refused_near_singular():
+    m = covariance(60, 59)
+    for bad in (m, -m, torch.zeros(5, 5).double(), m * torch.nan, torch.eye(3).double() * torch.inf):
+        assert band_sum(bad).isnan()
+    assert band_sum(torch.zeros(0, 0).double()) == 0
+
+
+@pytest.mark.parametrize("rank", [None, 150])
+def test_kernel_or_not_makes_no_difference(rank, monkeypatch):
+    s1, s2 = covariance(MODULE.BANDED, rank), covariance(MODULE.BANDED, seed=1)
+    value = ops.trace_sqrt_product(s1, s2)
+    monkeypatch.setattr(MODULE, "BANDED", 10**9)
+    torch.testing.assert_close(value, ops.trace_sqrt_product(s1, s2), rtol=1e-12, atol=0)
+
+
+def test_a_sum_that_overflows_is_no_infinity():
+    eye = torch.eye(3, dtype=torch.float64)
+    assert ops.trace_sqrt_product(1e308 * eye, eye).item() == pytest.approx(3e154)
 
 
 def test_a_batch_is_its_samples():
