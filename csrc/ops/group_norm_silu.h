@@ -15,30 +15,31 @@ FASTGEN_BEGIN
 constexpr int64_t NORM_TILE = 8192;
 // Terms that one lane adds up before the sum is put aside: long chains of additions lose digits.
 constexpr int64_t CHAIN = 64;
-// Of the next unit, what is fetched while one is written: half of a second-level cache.
+// Of the next unit, what is fetched at most while one is at work: half of a second-level cache.
 constexpr int64_t AHEAD_BYTES = 512 << 10;
 // Units of at most so many elements keep dz from one pass of the backward to the other; larger ones compute it twice.
 constexpr int64_t KEPT = 65536;
 
 // ---- rows in spans -------------------------------------------------------------------------------------------------
 
-// A row is cut into spans of several whole vectors, pairs of which hold their elements in the order of load_two, and what is
-// left into vectors of n lanes.
+// A row is cut into spans of several whole vectors, pairs of which hold their elements in the order of load_two, and a last one
+// of n elements in two vectors, of which the second may be empty.
 constexpr int64_t PAIR = 2 * LANES;
 template <int V>
 struct Whole {
   static constexpr int vectors = V;
 };
 struct Part {
-  static constexpr int vectors = 1;
+  static constexpr int vectors = 2;
   int64_t n;
+  INLINE int64_t of(int k) const { return max(0, min(LANES, n - k * LANES)); }  // elements in the k-th vector
 };
 template <int V, class Body>
 INLINE void for_spans(int64_t count, Body&& body) {
   int64_t i = 0;
   for (; i + V * LANES <= count; i += V * LANES) body(i, Whole<V>{});
   if (V > 2 && i + PAIR <= count) body(i, Whole<2>{}), i += PAIR;
-  for (; i < count; i += LANES) body(i, Part{min(LANES, count - i)});
+  if (i < count) body(i, Part{count - i});
 }
 template <class T, int V>
 INLINE void span_load(const T* p, Whole<V>, vf* v) {
@@ -46,7 +47,7 @@ INLINE void span_load(const T* p, Whole<V>, vf* v) {
 }
 template <class T>
 INLINE void span_load(const T* p, Part part, vf* v) {
-  v[0] = block_load(p, part.n);
+  for (int k = 0; k < 2; ++k) v[k] = block_load(p + k * LANES, part.of(k));
 }
 template <class T, int V>
 INLINE void span_store(T* p, Whole<V>, const vf* v, bool stream = false) {
@@ -57,7 +58,7 @@ INLINE void span_store(T* p, Whole<V>, const vf* v, bool stream = false) {
 }
 template <class T>
 INLINE void span_store(T* p, Part part, const vf* v, bool stream = false) {
-  block_store(p, v[0], part.n, stream);
+  for (int k = 0; k < 2; ++k) block_store(p + k * LANES, v[k], part.of(k), stream);
 }
 template <class T, class Span>
 INLINE void span_prefetch(const T* p, Span) {
@@ -129,25 +130,29 @@ struct NormTiling {
 
   // For every unit: prepare(unit, scratch), reduce(unit, tile, scratch, ahead) of all tiles, finish(unit, scratch) and
   // apply(unit, tile, scratch, ahead) of all tiles. `scratch` holds `size` floats of the unit; `ahead` elements on in memory is
-  // what should be fetched meanwhile, of which `bytes` an element are read.
+  // what should be fetched meanwhile, of which `bytes` an element are read. The next unit is fetched beside the pass that
+  // computes most, which `early` says is the first; one too large to wait in the cache for so long, beside the second.
   template <class Prepare, class Reduce, class Finish, class Apply>
-  void run(int64_t threads, int64_t size, int64_t bytes, Prepare&& prepare, Reduce&& reduce, Finish&& finish,
+  void run(int64_t threads, int64_t size, int64_t bytes, bool early, Prepare&& prepare, Reduce&& reduce, Finish&& finish,
            Apply&& apply) const {
     threads = useful(threads);
     size = ceil_div(size, 16) * 16;
     if (!shared(threads)) {
       // the first tiles of the next unit are fetched with the last ones of this
       const int64_t fetched = min(tiles, max(1, AHEAD_BYTES / max(1, bytes * ceil_div(unit_size(), max(1, tiles)))));
+      early = early && 2 * bytes * unit_size() <= AHEAD_BYTES;
       parallel_ranges(units, threads, [&](int64_t first, int64_t end) {
         const Scratch scratch(size);
         for (int64_t unit = first; unit < end; ++unit) {
           prepare(unit, scratch.at);
+          const bool more = unit + 1 < end;
           for (int64_t tile = 0; tile < tiles; ++tile)
-            reduce(unit, tile, scratch.at, tile + 1 < tiles ? distance(unit, tile, unit, tile + 1) : 0);
+            reduce(unit, tile, scratch.at,
+                   early ? (more ? unit_size() : 0) : tile + 1 < tiles ? distance(unit, tile, unit, tile + 1) : 0);
           finish(unit, scratch.at);
           for (int64_t tile = tiles; tile-- > 0;)  // what was read last is nearest
             apply(unit, tile, scratch.at,
-                  unit + 1 < end && tile < fetched ? distance(unit, tile, unit + 1, fetched - 1 - tile) : 0);
+                  more && !early && tile < fetched ? distance(unit, tile, unit + 1, fetched - 1 - tile) : 0);
         }
       });
       return;
@@ -427,7 +432,7 @@ INLINE void group_norm_silu_fwd_as(const NormTiling& tiling, const Modulation& m
     });
     if (stream) drain_stores();
   };
-  tiling.run(threads, coefficients + tiling.tiles * moments, sizeof(T), [](int64_t, float*) {}, reduce, finish, apply);
+  tiling.run(threads, coefficients + tiling.tiles * moments, sizeof(T), false, [](int64_t, float*) {}, reduce, finish, apply);
 }
 
 // `stats` are those of the forward pass. grad_weight and grad_bias are [channels], grad_scale and grad_shift [samples,
@@ -578,7 +583,8 @@ INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& m
     });
     if (stream) drain_stores();
   };
-  tiling.run(threads, coefficients + sums + (keep ? tiling.unit_size() : 0), 2 * sizeof(T), prepare, reduce, finish, apply);
+  tiling.run(threads, coefficients + sums + (keep ? tiling.unit_size() : 0), 2 * sizeof(T), keep, prepare, reduce, finish,
+             apply);
   if (affine) {
     double *by_bias = new double[2 * tiling.channels], *by_weight = by_bias + tiling.channels;
     for (int64_t c = 0; c < 2 * tiling.channels; ++c) by_bias[c] = 0;
