@@ -31,6 +31,13 @@ inline void parallel_uneven(int64_t tasks, int64_t threads, Body&& body) {
   for (int64_t task = 0; task < tasks; ++task) body(task);
 }
 
+// body(first, end) for one range of tasks a thread: for work that sets something up once.
+template <class Body>
+inline void parallel_ranges(int64_t tasks, int64_t threads, Body&& body) {
+  threads = max(1, min(threads, tasks));
+  parallel_for(threads, threads, [&](int64_t i) { body(tasks * i / threads, tasks * (i + 1) / threads); });
+}
+
 // Elements that one task handles: the noise of a tile (8 KB) stays in the first-level cache beside its operands.
 constexpr int64_t TILE = 2048;
 // Below this many elements in all, waking a second thread costs more than it saves.

@@ -231,8 +231,41 @@ INLINE vf reciprocal(vf a) {  // of normal numbers: 1 / a to 1 ulp, without the 
 #endif
 }
 
+// 1 / a to 2^-11 or better, by the estimate of the machine; 0 for an infinite a.
+INLINE vf reciprocal_rough(vf a) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_rcp14_ps((__mmask16)-1, (__m512)a);
+#elif defined(__AVX2__)
+  return (vf)_mm256_rcp_ps((__m256)a);
+#elif defined(FASTGEN_NEON)
+  const float32x4_t guess = vrecpeq_f32((float32x4_t)a);
+  return (vf)vmulq_f32(guess, vrecpsq_f32((float32x4_t)a, guess));
+#else
+  return 1.0f / a;
+#endif
+}
+
+// x no further from 0 than `bound`; what becomes of NaN is unspecified.
+INLINE vf within(vf x, float bound) {
+#if defined(__AVX512F__)  // the smaller magnitude, with the sign of x
+  return (vf)_mm512_maskz_range_ps((__mmask16)-1, (__m512)x, _mm512_set1_ps(bound), 2);
+#else
+  return at_least(at_most(x, bound), -bound);
+#endif
+}
+
 INLINE float sum(vf a) {  // in a fixed order: pairwise over the lanes
-#ifdef FASTGEN_ONE_LANE
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256 eight = _mm256_add_ps(_mm512_maskz_extractf32x8_ps((__mmask8)-1, (__m512)a, 0),
+                                     _mm512_maskz_extractf32x8_ps((__mmask8)-1, (__m512)a, 1));
+#else
+  const __m256 eight = (__m256)a;
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#elif defined(FASTGEN_ONE_LANE)
   return a;
 #else
   float lane[LANES];
@@ -535,6 +568,34 @@ INLINE void store_float(f16* p, vf x) { vst1_u16((uint16_t*)p, vreinterpret_u16_
 #endif
 #endif
 
+// Two vectors at once, in whichever order costs least: two elements of bfloat16 are a word, so that they come as the even and
+// the odd ones, `EVEN_ODD`; others come as they lie.
+template <class T>
+constexpr bool EVEN_ODD = false;
+template <>
+constexpr bool EVEN_ODD<bf16> = true;
+template <class T>
+INLINE void load_two(const T* p, vf& a, vf& b) {
+  if constexpr (EVEN_ODD<T>) {
+    const vu words = load<vu>(p);
+    a = bits<vf>(words << 16), b = bits<vf>(words & 0xFFFF0000u);
+  } else {
+    a = load_float(p), b = load_float(p + LANES);
+  }
+}
+// To the nearest bfloat16, the one further from 0 of two as near; a NaN must be a canonical one, or come from a bfloat16.
+INLINE vu join_even_odd(vf even, vf odd) {
+  return (bits<vu>(even) + 0x8000u) >> 16 | ((bits<vu>(odd) + 0x8000u) & 0xFFFF0000u);
+}
+template <class T>
+INLINE void store_two(T* p, vf a, vf b) {
+  if constexpr (EVEN_ODD<T>) store(p, join_even_odd(a, b));
+  else store_float(p, a), store_float(p + LANES, b);
+}
+
+// Asks for the cache line of p in the second-level cache. Any address will do.
+INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // Like store_float, around the caches: the line is not read first. `p` must be aligned to a vector of T, and drain_stores()
 // follow on the same thread.
 template <class T>
@@ -554,6 +615,12 @@ INLINE void stream_float(T* p, vf x) {
 #else
   store_float(p, x);
 #endif
+}
+// The same of store_two; `p` must be aligned to both vectors.
+template <class T>
+INLINE void stream_two(T* p, vf a, vf b) {
+  if constexpr (EVEN_ODD<T>) stream_float((float*)p, bits<vf>(join_even_odd(a, b)));
+  else stream_float(p, a), stream_float(p + LANES, b);
 }
 // Orders streamed stores before whatever this thread does next.
 INLINE void drain_stores() {
@@ -592,6 +659,11 @@ INLINE vf load_part(const T* p, int64_t n, float fill = 0.0f) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4)
     return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << n) - 1), p);
+  if constexpr (EVEN_ODD<T>) {
+    const __m256i words = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+    const __m512i wide = _mm512_maskz_slli_epi32((__mmask16)-1, _mm512_cvtepu16_epi32(words), 16);
+    return (vf)_mm512_mask_mov_ps(_mm512_set1_ps(fill), (__mmask16)((1u << n) - 1), (__m512)wide);
+  }
 #endif
   float lane[LANES];
   for (int i = 0; i < LANES; ++i) lane[i] = fill;
@@ -603,6 +675,11 @@ INLINE void store_part(T* p, vf x, int64_t n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)x);
+    return;
+  } else {
+    T lane[LANES];
+    store_float(lane, x);
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), _mm256_loadu_si256((const __m256i*)lane));
     return;
   }
 #endif

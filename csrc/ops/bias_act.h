@@ -190,6 +190,7 @@ INLINE void bias_act_fwd_as(const BiasTiles& tiles, const T* x, const float* bia
                             int64_t threads) {
   const bool stream = streamable(y, tiles.rows, tiles.row);
   tiles.run(bias, nullptr, nullptr, threads, [&](int64_t i, int64_t n, vf b, vf) {
+    prefetch(x + i + TILE);
     block_store(y + i, bias_act_at<A, 0>(block_load(x + i, n) + b, o).value, n, stream);
     return vf{};
   });
@@ -200,6 +201,7 @@ template <class T, Activation A>
 INLINE void bias_act_bwd_as(const BiasTiles& tiles, const T* x, const float* bias, const T* grad_y, T* grad_x,
                             float* grad_bias, const ActOptions& o, int64_t threads) {
   tiles.run(bias, nullptr, grad_bias, threads, [&](int64_t i, int64_t n, vf b, vf) {
+    prefetch(x + i + TILE), prefetch(grad_y + i + TILE);
     const vf gradient = block_load(grad_y + i, n) * bias_act_at<A, 1>(block_load(x + i, n) + b, o).slope;
     block_store(grad_x + i, gradient, n);
     return gradient;

@@ -3,7 +3,8 @@
 //
 // Images lie channels first, [samples, channels, pixels], or channels last, [samples, pixels, channels]. What is normalised
 // alone is a unit: a group of one sample or, channels last, all groups of one sample, which lie together. A unit is reduced
-// tile by tile and then written while the caches hold it; where there are too few units for the threads, these share the tiles.
+// tile by tile and then written while the caches hold it, and meanwhile the next one is on its way to them; where there are
+// too few units for the threads, these share the tiles.
 #pragma once
 #include "../math.h"
 #include "../parallel.h"
@@ -14,6 +15,58 @@ FASTGEN_BEGIN
 constexpr int64_t NORM_TILE = 8192;
 // Terms that one lane adds up before the sum is put aside: long chains of additions lose digits.
 constexpr int64_t CHAIN = 64;
+// Of the next unit, what is fetched at most while one is at work: half of a second-level cache.
+constexpr int64_t AHEAD_BYTES = 512 << 10;
+// Units of at most so many elements keep dz from one pass of the backward to the other; larger ones compute it twice.
+constexpr int64_t KEPT = 65536;
+
+// ---- rows in spans -------------------------------------------------------------------------------------------------
+
+// A row is cut into spans of several whole vectors, pairs of which hold their elements in the order of load_two, and a last one
+// of n elements in two vectors, of which the second may be empty.
+constexpr int64_t PAIR = 2 * LANES;
+template <int V>
+struct Whole {
+  static constexpr int vectors = V;
+};
+struct Part {
+  static constexpr int vectors = 2;
+  int64_t n;
+  INLINE int64_t of(int k) const { return max(0, min(LANES, n - k * LANES)); }  // elements in the k-th vector
+};
+template <int V, class Body>
+INLINE void for_spans(int64_t count, Body&& body) {
+  int64_t i = 0;
+  for (; i + V * LANES <= count; i += V * LANES) body(i, Whole<V>{});
+  if (V > 2 && i + PAIR <= count) body(i, Whole<2>{}), i += PAIR;
+  if (i < count) body(i, Part{count - i});
+}
+template <class T, int V>
+INLINE void span_load(const T* p, Whole<V>, vf* v) {
+  for (int k = 0; k < V; k += 2) load_two(p + k * LANES, v[k], v[k + 1]);
+}
+template <class T>
+INLINE void span_load(const T* p, Part part, vf* v) {
+  for (int k = 0; k < 2; ++k) v[k] = block_load(p + k * LANES, part.of(k));
+}
+template <class T, int V>
+INLINE void span_store(T* p, Whole<V>, const vf* v, bool stream = false) {
+  for (int k = 0; k < V; k += 2) {
+    if (stream) stream_two(p + k * LANES, v[k], v[k + 1]);
+    else store_two(p + k * LANES, v[k], v[k + 1]);
+  }
+}
+template <class T>
+INLINE void span_store(T* p, Part part, const vf* v, bool stream = false) {
+  for (int k = 0; k < 2; ++k) block_store(p + k * LANES, v[k], part.of(k), stream);
+}
+template <class T, class Span>
+INLINE void span_prefetch(const T* p, Span) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  for (int64_t i = 0; i < Span::vectors * LANES; i += LINE) prefetch(p + i);
+}
+
+// ---- the units -----------------------------------------------------------------------------------------------------
 
 // Part of a unit: some of its channels at some of its pixels.
 struct Patch {
@@ -32,12 +85,13 @@ struct NormTiling {
     units = last ? samples : samples * groups;
     unit_groups = last ? groups : 1;
     unit_channels = unit_groups * per;
-    padded = ceil_div(unit_channels, 16) * 16;
+    padded = ceil_div(unit_channels, 32) * 32;
     parts = last ? 1 : max(1, ceil_div(pixels, NORM_TILE));
     step = parts > 1 ? NORM_TILE : max(1, NORM_TILE / max(1, last ? channels : pixels));
-    if (last) step = min(step, CHAIN);
+    if (last) step = min(2 * step, CHAIN);
     tiles = last ? ceil_div(pixels, step) : parts > 1 ? per * parts : ceil_div(per, step);
   }
+  int64_t unit_size() const { return unit_channels * pixels; }
   Patch patch(int64_t tile) const {
     if (last) return {0, channels, tile * step, min(step, pixels - tile * step)};
     if (parts > 1) return {tile / parts, 1, tile % parts * step, min(step, pixels - tile % parts * step)};
@@ -51,32 +105,70 @@ struct NormTiling {
   int64_t first_channel(int64_t unit) const { return last ? unit * channels : unit * per; }
   template <class T>
   bool streams(const T* out) const {
-    return last ? streamable(out, samples * pixels, channels) : streamable(out, samples * channels, pixels);
+    const int64_t event = last ? channels : pixels;
+    const bool aligned = !EVEN_ODD<T> || ((size_t)out % 64 == 0 && event % PAIR == 0);
+    return aligned && streamable(out, samples * channels * pixels / max(1, event), event);
   }
-  // For every unit: prepare(unit, scratch), reduce(unit, tile, scratch) of all tiles, finish(unit, scratch) and apply(unit,
-  // tile, scratch) of all tiles. `scratch` holds `size` floats of the unit.
+  // Channels last, per-channel numbers in scratch lie as the channels of a span do: where the i-th channel does.
+  template <class T>
+  INLINE int64_t slot(int64_t i) const {
+    if (!EVEN_ODD<T> || !last || i >= channels / PAIR * PAIR) return i;
+    return i / PAIR * PAIR + i % 2 * LANES + i % PAIR / 2;
+  }
+  template <class T>
+  INLINE void to_slots(float* p) const {
+    if (!EVEN_ODD<T> || !last) return;
+    for (int64_t i = 0; i + PAIR <= channels; i += PAIR) {
+      vf a, b;
+      deinterleave(load_float(p + i), load_float(p + i + LANES), a, b);
+      store_float(p + i, a), store_float(p + i + LANES, b);
+    }
+  }
+  // Whether the threads share the tiles of every unit.
+  bool shared(int64_t threads) const { return 4 * threads * ceil_div(units, threads) > 5 * units; }
+  int64_t useful(int64_t threads) const { return samples * channels * pixels < SERIAL ? 1 : threads; }
+
+  // For every unit: prepare(unit, scratch), reduce(unit, tile, scratch, ahead) of all tiles, finish(unit, scratch) and
+  // apply(unit, tile, scratch, ahead) of all tiles. `scratch` holds `size` floats of the unit; `ahead` elements on in memory is
+  // what should be fetched meanwhile, of which `bytes` an element are read. The next unit is fetched beside the pass that
+  // computes most, which `early` says is the first; one too large to wait in the cache for so long, beside the second.
   template <class Prepare, class Reduce, class Finish, class Apply>
-  void run(int64_t threads, int64_t size, Prepare&& prepare, Reduce&& reduce, Finish&& finish, Apply&& apply) const {
-    if (samples * channels * pixels < SERIAL) threads = 1;
+  void run(int64_t threads, int64_t size, int64_t bytes, bool early, Prepare&& prepare, Reduce&& reduce, Finish&& finish,
+           Apply&& apply) const {
+    threads = useful(threads);
     size = ceil_div(size, 16) * 16;
-    if (4 * threads * ceil_div(units, threads) <= 5 * units) {
-      parallel_for(units, threads, [&](int64_t unit) {
+    if (!shared(threads)) {
+      // the first tiles of the next unit are fetched with the last ones of this
+      const int64_t fetched = min(tiles, max(1, AHEAD_BYTES / max(1, bytes * ceil_div(unit_size(), max(1, tiles)))));
+      early = early && 2 * bytes * unit_size() <= AHEAD_BYTES;
+      parallel_ranges(units, threads, [&](int64_t first, int64_t end) {
         const Scratch scratch(size);
-        prepare(unit, scratch.at);
-        for (int64_t tile = 0; tile < tiles; ++tile) reduce(unit, tile, scratch.at);
-        finish(unit, scratch.at);
-        for (int64_t tile = tiles; tile-- > 0;) apply(unit, tile, scratch.at);  // what was read last is nearest
+        for (int64_t unit = first; unit < end; ++unit) {
+          prepare(unit, scratch.at);
+          const bool more = unit + 1 < end;
+          for (int64_t tile = 0; tile < tiles; ++tile)
+            reduce(unit, tile, scratch.at,
+                   early ? (more ? unit_size() : 0) : tile + 1 < tiles ? distance(unit, tile, unit, tile + 1) : 0);
+          finish(unit, scratch.at);
+          for (int64_t tile = tiles; tile-- > 0;)  // what was read last is nearest
+            apply(unit, tile, scratch.at,
+                  more && !early && tile < fetched ? distance(unit, tile, unit + 1, fetched - 1 - tile) : 0);
+        }
       });
       return;
     }
     const Scratch scratch(units * size);
-    parallel_for(units, 1, [&](int64_t unit) { prepare(unit, scratch.at + unit * size); });
-    parallel_for(units * tiles, threads, [&](int64_t i) { reduce(i / tiles, i % tiles, scratch.at + i / tiles * size); });
-    parallel_for(units, threads, [&](int64_t unit) { finish(unit, scratch.at + unit * size); });
-    parallel_for(units * tiles, threads, [&](int64_t i) { apply(i / tiles, i % tiles, scratch.at + i / tiles * size); });
+    const auto of = [&](int64_t unit) { return scratch.at + unit * size; };
+    parallel_for(units, 1, [&](int64_t unit) { prepare(unit, of(unit)); });
+    parallel_for(units * tiles, threads, [&](int64_t i) { reduce(i / tiles, i % tiles, of(i / tiles), 0); });
+    parallel_for(units, threads, [&](int64_t unit) { finish(unit, of(unit)); });
+    parallel_for(units * tiles, threads, [&](int64_t i) { apply(i / tiles, i % tiles, of(i / tiles), 0); });
   }
 
  private:
+  int64_t distance(int64_t unit, int64_t tile, int64_t to_unit, int64_t to_tile) const {
+    return offset(to_unit, patch(to_tile)) - offset(unit, patch(tile));
+  }
   struct Scratch {  // vectors in it do not straddle cache lines
     float *all, *at;
     explicit Scratch(int64_t size) : all(new float[size + 16]), at(all + (64 - (size_t)all % 64) % 64 / sizeof(float)) {}
@@ -114,39 +206,67 @@ struct Modulation {
   INLINE float factor_at(int64_t sample_channel) const { return 1.0f + read(scale, dtype, sample_channel); }
 };
 
-// Coefficients of the channels of a unit, `padded` apart: z = (x - center) * slope + level, and in the backward pass
-// dx = dz * slope + (x - center) * pull + push.
+INLINE float canonical(float x) { return x == x ? x : NAN; }  // as store_two wants a NaN
+INLINE vf canonical(vf x, int) { return x == x ? x : splat(NAN); }
+
+// Numbers of the channels of a unit, `padded` apart: z = (x - center) * slope + level, and in the backward pass
+// dx = dz * slope + (x - center) * pull + push. `factor` is weight * (1 + scale), `own` 1 + scale.
 struct NormCoefficients {
-  float *center, *slope, *level, *pull, *push;
+  static constexpr int64_t FORWARD = 3, BACKWARD = 7;
+  float *center, *slope, *level, *pull, *push, *factor, *own;
   NormCoefficients(const NormTiling& tiling, float* scratch)
       : center(scratch), slope(center + tiling.padded), level(slope + tiling.padded), pull(level + tiling.padded),
-        push(pull + tiling.padded) {}
+        push(pull + tiling.padded), factor(push + tiling.padded), own(factor + tiling.padded) {}
   // of one group, before modulate(): mean = center + remainder
   INLINE void group(int64_t first, int64_t per, float mean, float remainder, float rstd) const {
     for (int64_t i = first; i < first + per; ++i) center[i] = mean, level[i] = remainder, slope[i] = rstd;
   }
+  template <class T, bool Backward>
   INLINE void modulate(const NormTiling& tiling, int64_t unit, const Modulation& m) const {
     const int64_t at = tiling.first_channel(unit), channel = at % tiling.channels;
     for_blocks(tiling.unit_channels, [&](int64_t i, int64_t n) {
-      vf a = block_load(slope + i, n);
-      if (m.weight) a = a * Modulation::read(m.weight, m.affine_dtype, channel + i, n);
+      const vf rstd = block_load(slope + i, n);
+      const vf weight = m.weight ? Modulation::read(m.weight, m.affine_dtype, channel + i, n) : splat(1.0f);
+      const vf one = 1.0f + Modulation::read(m.scale, m.dtype, at + i, n), a = rstd * weight;
       const vf b = fma(-block_load(level + i, n), a, Modulation::read(m.bias, m.affine_dtype, channel + i, n));
-      const vf factor = 1.0f + Modulation::read(m.scale, m.dtype, at + i, n);
-      block_store(slope + i, a * factor, n);
-      block_store(level + i, fma(b, factor, Modulation::read(m.shift, m.dtype, at + i, n)), n);
+      block_store(slope + i, canonical(a * one, 0), n);
+      block_store(level + i, canonical(fma(b, one, Modulation::read(m.shift, m.dtype, at + i, n)), 0), n);
+      if (Backward) block_store(factor + i, weight * one, n), block_store(own + i, one, n);
     });
+    tiling.to_slots<T>(center), tiling.to_slots<T>(slope), tiling.to_slots<T>(level);
   }
 };
 
-// Sums of x - pivot and of its square over elements of one group, with a pivot near their mean: that of some of them, which is
-// within sqrt(1 / share - 1) deviations of it.
+// Coefficients of a row: of each channel channels last, else of its one channel.
+template <bool Last>
+struct RowOf {
+  const float* p;
+  vf same;
+  INLINE RowOf(const float* numbers, int64_t channel) : p(numbers), same(Last ? vf{} : splat(numbers[channel])) {}
+  INLINE vf at(int64_t i) const { return Last ? load_float(p + i) : same; }
+};
+
+// body(j, channel, count) for the rows of a patch: `count` elements from j in memory, channels last all channels of a pixel,
+// else pixels of the channel.
+template <bool Last, class Body>
+INLINE void for_rows(const NormTiling& tiling, int64_t unit, const Patch& patch, Body&& body) {
+  const int64_t rows = Last ? patch.pixels : patch.channels, count = Last ? tiling.channels : patch.pixels;
+  int64_t at = tiling.offset(unit, patch);
+  for (int64_t row = 0; row < rows; ++row, at += Last ? tiling.channels : tiling.pixels)
+    body(at, Last ? 0 : patch.channel + row, count);
+}
+
+// ---- statistics ----------------------------------------------------------------------------------------------------
+
+// Sums of x - pivot and of its square over elements of one group, with a pivot near their mean: that of one in SHARE of them,
+// which is within sqrt(SHARE - 1) deviations of it.
 struct Moments {
   float pivot, sum, squares;
 };
-constexpr int64_t SHARE = 4;
+constexpr int64_t SHARE = 16;
 
 template <class T>
-INLINE Moments moments_of(const T* x, int64_t count) {
+INLINE Moments moments_of(const T* x, int64_t count, int64_t ahead) {
   if (!count) return {};
   vf some{};
   int64_t used = 0;
@@ -154,15 +274,20 @@ INLINE Moments moments_of(const T* x, int64_t count) {
   if (!used) some = load_part(x, used = count);
   const float pivot = sum(some) / (float)used;
   vf total{}, square{};
-  for (int64_t begin = 0; begin < count; begin += 4 * CHAIN * LANES) {
-    const int64_t end = min(count, begin + 4 * CHAIN * LANES);
+  for (int64_t begin = 0; begin < count; begin += 2 * CHAIN * PAIR) {
+    const int64_t end = min(count, begin + 2 * CHAIN * PAIR);
     vf sums[4] = {}, squares[4] = {};
     int64_t i = begin;
-    for (; i + 4 * LANES <= end; i += 4 * LANES)
-      for (int k = 0; k < 4; ++k) {
-        const vf d = load_float(x + i + k * LANES) - pivot;
-        sums[k] = sums[k] + d;
-        squares[k] = fma(d, d, squares[k]);
+    for (; i + 2 * PAIR <= end; i += 2 * PAIR)
+      for (int k = 0; k < 4; k += 2) {
+        vf v[2];
+        span_load(x + i + k * LANES, Whole<2>{}, v);
+        if (ahead) span_prefetch(x + i + k * LANES + ahead, Whole<2>{});
+        for (int h = 0; h < 2; ++h) {
+          const vf d = v[h] - pivot;
+          sums[k + h] = sums[k + h] + d;
+          squares[k + h] = fma(d, d, squares[k + h]);
+        }
       }
     for_blocks(end - i, [&](int64_t j, int64_t n) {
       const vf d = block_load(x + i + j, n, pivot) - pivot;
@@ -175,113 +300,139 @@ INLINE Moments moments_of(const T* x, int64_t count) {
   return {pivot, sum(total), sum(square)};
 }
 
-// The same for each group of `pixels` rows of all channels.
+// The same of each channel over `pixels` rows of all channels: pivots, sums and squares, `padded` apart.
 template <class T>
-INLINE void moments_of_rows(const T* x, int64_t pixels, const NormTiling& tiling, Moments* out) {
-  const int64_t channels = tiling.channels, per = tiling.per, used = ceil_div(pixels, SHARE);
-  float* pivots = new float[3 * tiling.padded];
-  float *sums = pivots + tiling.padded, *squares = sums + tiling.padded;
-  for_blocks(channels, [&](int64_t c, int64_t n) {
-    vf some{};
-    for (int64_t p = 0; p < pixels; p += SHARE) some = some + block_load(x + p * channels + c, n);
-    block_store(sums + c, some, n);
-  });
-  for (int64_t g = 0; g < tiling.groups; ++g) {
-    float total = 0;
-    for (int64_t i = g * per; i < (g + 1) * per; ++i) total += sums[i];
-    out[g].pivot = total / (float)(used * per);
-    for (int64_t i = g * per; i < (g + 1) * per; ++i) pivots[i] = out[g].pivot, sums[i] = squares[i] = 0;
-  }
-  constexpr int64_t ROWS = 4;  // read side by side, so that sums go through memory once for all of them
-  for (int64_t p = 0; p < pixels; p += ROWS) {
-    const int64_t rows = min(ROWS, pixels - p);
-    const auto add = [&](int64_t c, int64_t n) {
-      const vf pivot = block_load(pivots + c, n);
-      vf total = block_load(sums + c, n), square = block_load(squares + c, n);
-      for (int64_t r = 0; r < rows; ++r) {
-        const vf d = block_load(x + (p + r) * channels + c, n) - pivot;
-        total = total + d;
-        square = fma(d, d, square);
+INLINE void moments_of_columns(const T* x, int64_t pixels, const NormTiling& tiling, float* out, int64_t ahead) {
+  const int64_t channels = tiling.channels;
+  const float share = 1.0f / (float)ceil_div(pixels, SHARE);
+  for_spans<2>(channels, [&](int64_t c, auto span) {
+    constexpr int V = decltype(span)::vectors;
+    vf pivot[V] = {}, sums[2][V] = {}, squares[2][V] = {}, v[V];
+    for (int64_t p = 0; p < pixels; p += SHARE) {
+      span_load(x + p * channels + c, span, v);
+      for (int i = 0; i < V; ++i) pivot[i] = fma(v[i], splat(share), pivot[i]);
+    }
+    const auto add = [&](int64_t p, int k) {
+      const T* at = x + p * channels + c;
+      span_load(at, span, v);
+      if (ahead) span_prefetch(at + ahead, span);
+      for (int i = 0; i < V; ++i) {
+        const vf d = v[i] - pivot[i];
+        sums[k][i] = sums[k][i] + d;
+        squares[k][i] = fma(d, d, squares[k][i]);
       }
-      block_store(sums + c, total, n);
-      block_store(squares + c, square, n);
     };
-    for_blocks(channels, add);
-  }
-  for (int64_t g = 0; g < tiling.groups; ++g) {
-    double total = 0, square = 0;
-    for (int64_t i = g * per; i < (g + 1) * per; ++i) total += sums[i], square += squares[i];
-    out[g].sum = (float)total;
-    out[g].squares = (float)square;
-  }
-  delete[] pivots;
+    int64_t p = 0;
+    for (; p + 2 <= pixels; p += 2) add(p, 0), add(p + 1, 1);
+    if (p < pixels) add(p, 0);
+    for (int i = 0; i < V; ++i) {
+      float* at = out + c + i * LANES;
+      store_float(at, pivot[i]);
+      store_float(at + tiling.padded, sums[0][i] + sums[1][i]);
+      store_float(at + 2 * tiling.padded, squares[0][i] + squares[1][i]);
+    }
+  });
 }
 
-// body(j, k, n) for the blocks of a patch: element j in memory, whose channel, or first channel, is the k-th of the unit.
-template <bool Last, class Body>
-INLINE void for_patch(const NormTiling& tiling, int64_t unit, const Patch& patch, Body&& body) {
-  const int64_t rows = Last ? patch.pixels : patch.channels, count = Last ? tiling.channels : patch.pixels;
-  int64_t at = tiling.offset(unit, patch);
-  for (int64_t row = 0; row < rows; ++row, at += Last ? tiling.channels : tiling.pixels)
-    for_blocks(count, [&](int64_t i, int64_t n) { body(at + i, Last ? i : patch.channel + row, n); });
+// Mean and sum of squared differences from it, of every group of a unit. `moments` are those of its tiles.
+template <class T, bool Last, class Body>
+INLINE void for_groups(const NormTiling& tiling, const float* moments, Body&& body) {
+  const double whole = 1.0 / (double)max(1, tiling.per * tiling.pixels);
+  if constexpr (!Last) {
+    const auto* of = (const Moments*)moments;
+    double mean = 0, spread = 0;
+    const auto count = [&](int64_t tile) {
+      const Patch patch = tiling.patch(tile);
+      return (double)(patch.channels * patch.pixels);
+    };
+    for (int64_t tile = 0; tile < tiling.tiles; ++tile) mean += count(tile) * of[tile].pivot + of[tile].sum;
+    mean *= whole;
+    for (int64_t tile = 0; tile < tiling.tiles; ++tile) {
+      const double off = of[tile].pivot - mean;
+      spread += of[tile].squares + off * (2 * of[tile].sum + count(tile) * off);
+    }
+    body(0, mean, spread * whole);
+  } else {  // per channel first
+    double *means = new double[2 * tiling.padded], *totals = means + tiling.padded;
+    const auto for_tiles = [&](auto&& add) {
+      for (int64_t k = 0; k < tiling.unit_channels; ++k) totals[k] = 0;
+      for (int64_t tile = 0; tile < tiling.tiles; ++tile) {
+        const float* pivots = moments + 3 * tile * tiling.padded;
+        const double count = (double)tiling.patch(tile).pixels;
+        for (int64_t k = 0; k < tiling.unit_channels; ++k)
+          totals[k] += add(k, count, pivots[k], pivots[tiling.padded + k], pivots[2 * tiling.padded + k]);
+      }
+    };
+    const auto of_group = [&](int64_t g) {
+      double total = 0;
+      for (int64_t i = g * tiling.per; i < (g + 1) * tiling.per; ++i) total += totals[tiling.slot<T>(i)];
+      return total * whole;
+    };
+    for_tiles([&](int64_t, double count, double pivot, double sum, double) { return count * pivot + sum; });
+    for (int64_t g = 0; g < tiling.unit_groups; ++g) {
+      const double mean = of_group(g);
+      for (int64_t i = g * tiling.per; i < (g + 1) * tiling.per; ++i) means[tiling.slot<T>(i)] = mean;
+    }
+    for_tiles([&](int64_t k, double count, double pivot, double sum, double squares) {
+      const double off = pivot - means[k];
+      return squares + off * (2 * sum + count * off);
+    });
+    for (int64_t g = 0; g < tiling.unit_groups; ++g) body(g, means[tiling.slot<T>(g * tiling.per)], of_group(g));
+    delete[] means;
+  }
 }
-// A coefficient of the channels of a block.
-template <bool Last>
-INLINE vf channel_load(const float* p, int64_t k, int64_t n) {
-  return Last ? block_load(p + k, n) : splat(p[k]);
-}
+
+// ---- forward and backward ------------------------------------------------------------------------------------------
 
 template <class T, bool Silu, bool Last>
 INLINE void group_norm_silu_fwd_as(const NormTiling& tiling, const Modulation& modulation, const T* x, double eps, T* y,
                                    float* stats, int64_t threads) {
   const bool stream = tiling.streams(y);
-  const int64_t coefficients = 3 * tiling.padded;  // the moments of the tiles follow
-  const auto moments = [&](float* scratch, int64_t tile) {
-    return (Moments*)(scratch + coefficients) + tile * tiling.unit_groups;
-  };
-  const auto reduce = [&](int64_t unit, int64_t tile, float* scratch) {
+  const int64_t coefficients = NormCoefficients::FORWARD * tiling.padded;  // the moments of the tiles follow
+  const int64_t moments = 3 * (Last ? tiling.padded : 1);
+  const auto reduce = [&](int64_t unit, int64_t tile, float* scratch, int64_t ahead) {
     const Patch patch = tiling.patch(tile);
     const T* in = x + tiling.offset(unit, patch);
-    if (Last) moments_of_rows(in, patch.pixels, tiling, moments(scratch, tile));
-    else *moments(scratch, tile) = moments_of(in, patch.channels * patch.pixels);
+    float* out = scratch + coefficients + tile * moments;
+    if constexpr (Last) moments_of_columns(in, patch.pixels, tiling, out, ahead);
+    else *(Moments*)out = moments_of(in, patch.channels * patch.pixels, ahead);
   };
   const auto finish = [&](int64_t unit, float* scratch) {
     const NormCoefficients c(tiling, scratch);
-    const double whole = 1.0 / (double)max(1, tiling.per * tiling.pixels);
-    for (int64_t g = 0; g < tiling.unit_groups; ++g) {
-      const auto each = [&](auto&& body) {
-        for (int64_t tile = 0; tile < tiling.tiles; ++tile) {
-          const Patch patch = tiling.patch(tile);
-          body(moments(scratch, tile)[g], (double)((Last ? tiling.per : patch.channels) * patch.pixels));
-        }
-      };
-      double mean = 0, spread = 0;
-      each([&](const Moments& m, double count) { mean += count * m.pivot + m.sum; });
-      mean *= whole;
-      each([&](const Moments& m, double count) {  // sum of (x - mean)^2
-        const double off = m.pivot - mean;
-        spread += m.squares + off * (2 * m.sum + count * off);
-      });
+    for_groups<T, Last>(tiling, scratch + coefficients, [&](int64_t g, double mean, double variance) {
       const float center = (float)mean, remainder = (float)(mean - center);
-      const float rstd = (float)(1 / __builtin_sqrt((spread < 0 ? 0 : spread) * whole + eps));
+      const float rstd = (float)(1 / __builtin_sqrt((variance < 0 ? 0 : variance) + eps));
       c.group(g * tiling.per, tiling.per, center, remainder, rstd);
-      if (!stats) continue;
+      if (!stats) return;
       float* out = stats + 3 * (unit * tiling.unit_groups + g);
       out[0] = center, out[1] = remainder, out[2] = rstd;
-    }
-    c.modulate(tiling, unit, modulation);
+    });
+    c.template modulate<T, false>(tiling, unit, modulation);
   };
-  const auto apply = [&](int64_t unit, int64_t tile, float* scratch) {
+  const auto apply = [&](int64_t unit, int64_t tile, float* scratch, int64_t ahead) {
     const NormCoefficients c(tiling, scratch);
-    for_patch<Last>(tiling, unit, tiling.patch(tile), [&](int64_t j, int64_t k, int64_t n) {
-      vf rest, z = fma(block_load(x + j, n) - channel_load<Last>(c.center, k, n), channel_load<Last>(c.slope, k, n),
-                       channel_load<Last>(c.level, k, n));
-      if (Silu) z = z * sigmoid_factor(z, rest);
-      block_store(y + j, z, n, stream);
+    for_rows<Last>(tiling, unit, tiling.patch(tile), [&](int64_t row, int64_t channel, int64_t count) {
+      const RowOf<Last> center(c.center, channel), slope(c.slope, channel), level(c.level, channel);
+      for_spans<4>(count, [&](int64_t i, auto span) {
+        constexpr int V = decltype(span)::vectors;
+        vf v[V], sigma[V], rest[V];
+        span_load(x + row + i, span, v);
+        if (ahead) span_prefetch(x + row + i + ahead, span);
+        for (int k = 0; k < V; ++k) {
+          const int64_t at = i + k * LANES;
+          v[k] = fma(v[k] - center.at(at), slope.at(at), level.at(at));
+        }
+        if constexpr (Silu) {
+          if constexpr (EVEN_ODD<T>) sigmoid_factors_rough<V>(v, sigma);
+          else sigmoid_factors<V>(v, sigma, rest);
+          for (int k = 0; k < V; ++k) v[k] = v[k] * sigma[k];
+        }
+        span_store(y + row + i, span, v, stream);
+      });
     });
     if (stream) drain_stores();
   };
-  tiling.run(threads, coefficients + 3 * tiling.tiles * tiling.unit_groups, [](int64_t, float*) {}, reduce, finish, apply);
+  tiling.run(threads, coefficients + tiling.tiles * moments, sizeof(T), false, [](int64_t, float*) {}, reduce, finish, apply);
 }
 
 // `stats` are those of the forward pass. grad_weight and grad_bias are [channels], grad_scale and grad_shift [samples,
@@ -291,20 +442,25 @@ INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& m
                                    const float* stats, T* grad_x, void* grad_weight, void* grad_bias, void* grad_scale,
                                    void* grad_shift, int64_t threads) {
   const bool stream = tiling.streams(grad_x);
-  const int64_t coefficients = 5 * tiling.padded;  // the sums of the tiles follow: of dz, then of dz * (x - center)
-  const int64_t width = tiling.unit_channels, slots = Last ? tiling.tiles : tiling.parts;
+  const int64_t coefficients = NormCoefficients::BACKWARD * tiling.padded;
+  // then the sums of the tiles: of dz, and of dz * (x - center); then dz itself, where it is kept
+  const int64_t width = tiling.padded, slots = Last ? tiling.tiles : tiling.parts, sums = 2 * slots * width;
   const auto sums_of = [&](float* scratch, int64_t slot) { return scratch + coefficients + 2 * slot * width; };
-  // of the samples: dz and dz * xhat summed over the pixels, for the gradients of weight and bias
+  const bool keep = Silu && tiling.unit_size() <= KEPT && !tiling.shared(tiling.useful(threads));
+  // of the samples: (1 + scale) * dz and (1 + scale) * dz * xhat summed over the pixels, for the gradients of weight and bias
   const int64_t all = tiling.samples * tiling.channels;
-  float* totals = new float[2 * all + 1];
-  const auto gradient = [&](const NormCoefficients& c, int64_t j, int64_t k, int64_t n, vf& d) {  // of z
-    const vf dy = block_load(grad_y + j, n);
-    d = block_load(x + j, n) - channel_load<Last>(c.center, k, n);
-    if (!Silu) return dy;
-    const vf z = fma(d, channel_load<Last>(c.slope, k, n), channel_load<Last>(c.level, k, n));
-    vf rest;
-    const vf sigma = sigmoid_factor(z, rest);
-    return dy * (sigma * fma(z, rest, splat(1.0f)));
+  const bool affine = grad_weight || grad_bias;
+  float* totals = new float[affine ? 2 * all + 1 : 1];
+  // v: from x to d = x - center; dz: from dy to dz
+  const auto differentiate = [](auto span, const vf* center, const vf* slope, const vf* level, vf* v, vf* dz) {
+    constexpr int V = decltype(span)::vectors;
+    vf z[V], sigma[V], rest[V];
+    for (int k = 0; k < V; ++k) v[k] = v[k] - center[k];
+    if constexpr (Silu) {
+      for (int k = 0; k < V; ++k) z[k] = fma(v[k], slope[k], level[k]);
+      sigmoid_factors<V>(z, sigma, rest);
+      for (int k = 0; k < V; ++k) dz[k] = dz[k] * (sigma[k] * fma(z[k], rest[k], splat(1.0f)));
+    }
   };
   const auto prepare = [&](int64_t unit, float* scratch) {
     const NormCoefficients c(tiling, scratch);
@@ -312,38 +468,58 @@ INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& m
       const float* in = stats + 3 * (unit * tiling.unit_groups + g);
       c.group(g * tiling.per, tiling.per, in[0], in[1], in[2]);
     }
-    c.modulate(tiling, unit, modulation);
+    c.template modulate<T, true>(tiling, unit, modulation);
   };
-  const auto reduce = [&](int64_t unit, int64_t tile, float* scratch) {
+  const auto reduce = [&](int64_t unit, int64_t tile, float* scratch, int64_t ahead) {
     const NormCoefficients c(tiling, scratch);
     const Patch patch = tiling.patch(tile);
-    if (Last) {
-      float *sums = sums_of(scratch, tile), *products = sums + width;
-      for (int64_t i = 0; i < 2 * width; ++i) sums[i] = 0;
-      for_patch<Last>(tiling, unit, patch, [&](int64_t j, int64_t k, int64_t n) {
-        vf d;
-        const vf dz = gradient(c, j, k, n, d);
-        block_store(sums + k, block_load(sums + k, n) + dz, n);
-        block_store(products + k, fma(dz, d, block_load(products + k, n)), n);
+    float* kept = scratch + coefficients + sums;
+    const int64_t origin = unit * tiling.unit_size();
+    // dz of a span from j on, of the coefficients with it; added to sums and products
+    const auto add = [&](int64_t j, auto span, const vf* center, const vf* slope, const vf* level, vf* some, vf* products) {
+      constexpr int V = decltype(span)::vectors;
+      vf v[V], dz[V];
+      span_load(x + j, span, v);
+      span_load(grad_y + j, span, dz);
+      if (ahead) span_prefetch(x + j + ahead, span), span_prefetch(grad_y + j + ahead, span);
+      differentiate(span, center, slope, level, v, dz);
+      for (int k = 0; k < V; ++k) some[k] = some[k] + dz[k], products[k] = fma(dz[k], v[k], products[k]);
+      if (keep) span_store(kept + j - origin, span, dz);
+    };
+    if constexpr (Last) {
+      float* out = sums_of(scratch, tile);
+      const int64_t begin = tiling.offset(unit, patch);
+      for_spans<2>(tiling.channels, [&](int64_t i, auto span) {
+        constexpr int V = decltype(span)::vectors;
+        vf center[V], slope[V], level[V], some[V] = {}, products[V] = {};
+        for (int k = 0; k < V; ++k) {
+          const int64_t at = i + k * LANES;
+          center[k] = load_float(c.center + at), slope[k] = load_float(c.slope + at), level[k] = load_float(c.level + at);
+        }
+        for (int64_t p = 0; p < patch.pixels; ++p)
+          add(begin + p * tiling.channels + i, span, center, slope, level, some, products);
+        for (int k = 0; k < V; ++k) {
+          store_float(out + i + k * LANES, some[k]);
+          store_float(out + width + i + k * LANES, products[k]);
+        }
       });
-      return;
-    }
-    float* sums = sums_of(scratch, tiling.parts > 1 ? tile % tiling.parts : 0);
-    for (int64_t row = 0; row < patch.channels; ++row) {
-      vf total{}, product{};
-      for (int64_t begin = 0; begin < patch.pixels; begin += CHAIN * LANES) {
-        const Patch link{patch.channel + row, 1, patch.pixel + begin, min(CHAIN * LANES, patch.pixels - begin)};
-        vf some{}, products{};
-        for_patch<Last>(tiling, unit, link, [&](int64_t j, int64_t k, int64_t n) {
-          vf d;
-          const vf dz = gradient(c, j, k, n, d);
-          some = some + dz;
-          products = fma(dz, d, products);
-        });
-        total = total + some, product = product + products;
-      }
-      sums[patch.channel + row] = sum(total);
-      sums[width + patch.channel + row] = sum(product);
+    } else {
+      float* out = sums_of(scratch, tiling.parts > 1 ? tile % tiling.parts : 0);
+      for_rows<Last>(tiling, unit, patch, [&](int64_t row, int64_t channel, int64_t count) {
+        const vf center[2] = {splat(c.center[channel]), splat(c.center[channel])};
+        const vf slope[2] = {splat(c.slope[channel]), splat(c.slope[channel])};
+        const vf level[2] = {splat(c.level[channel]), splat(c.level[channel])};
+        vf total{}, product{};
+        for (int64_t begin = 0; begin < count; begin += CHAIN * PAIR) {
+          vf some[2] = {}, products[2] = {};
+          for_spans<2>(min(CHAIN * PAIR, count - begin), [&](int64_t i, auto span) {
+            add(row + begin + i, span, center, slope, level, some, products);
+          });
+          total = total + (some[0] + some[1]), product = product + (products[0] + products[1]);
+        }
+        out[channel] = sum(total);
+        out[width + channel] = sum(product);
+      });
     }
   };
   const auto finish = [&](int64_t unit, float* scratch) {
@@ -357,44 +533,68 @@ INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& m
       for (int64_t i = g * tiling.per; i < (g + 1) * tiling.per; ++i) {
         double total = 0, product = 0;
         for (int64_t slot = 0; slot < slots; ++slot) {
-          const float* sums = sums_of(scratch, slot);
-          total += sums[i], product += sums[width + i];
+          const float* from = sums_of(scratch, slot) + tiling.slot<T>(i);
+          total += from[0], product += from[width];
         }
         product = rstd * (product - remainder * total);
-        totals[at + i] = (float)total, totals[all + at + i] = (float)product;
-        const float weight = modulation.weight_at(channel + i);
-        const double factor = (double)weight * modulation.factor_at(at + i);
-        by_mean += factor * total, by_deviation += factor * product;
+        by_mean += c.factor[i] * total, by_deviation += c.factor[i] * product;
+        if (affine) totals[at + i] = (float)(c.own[i] * total), totals[all + at + i] = (float)(c.own[i] * product);
         Modulation::write(grad_shift, modulation.dtype, at + i, (float)total);
-        Modulation::write(grad_scale, modulation.dtype, at + i,
-                          (float)(weight * product + modulation.bias_at(channel + i) * total));
+        if (grad_scale)
+          Modulation::write(grad_scale, modulation.dtype, at + i,
+                            (float)(modulation.weight_at(channel + i) * product + modulation.bias_at(channel + i) * total));
       }
       const double pull = -rstd * rstd * by_deviation / size, push = -rstd * by_mean / size - pull * remainder;
       for (int64_t i = g * tiling.per; i < (g + 1) * tiling.per; ++i) {
-        c.pull[i] = (float)pull, c.push[i] = (float)push;
-        if (size == 1) c.slope[i] = c.push[i] = 0;  // a constant: x - center is 0 wherever these are used
+        c.pull[i] = canonical((float)pull), c.push[i] = canonical((float)push);
+        if (size == 1) c.slope[tiling.slot<T>(i)] = c.push[i] = 0;  // a constant: x - center is 0 wherever these are used
       }
     }
+    tiling.to_slots<T>(c.pull), tiling.to_slots<T>(c.push);
   };
-  const auto apply = [&](int64_t unit, int64_t tile, float* scratch) {
+  const auto apply = [&](int64_t unit, int64_t tile, float* scratch, int64_t ahead) {
     const NormCoefficients c(tiling, scratch);
-    for_patch<Last>(tiling, unit, tiling.patch(tile), [&](int64_t j, int64_t k, int64_t n) {
-      vf d;
-      const vf dz = gradient(c, j, k, n, d);
-      const vf flat = fma(d, channel_load<Last>(c.pull, k, n), channel_load<Last>(c.push, k, n));
-      block_store(grad_x + j, fma(dz, channel_load<Last>(c.slope, k, n), flat), n, stream);
+    const float* kept = scratch + coefficients + sums;
+    const int64_t origin = unit * tiling.unit_size();
+    for_rows<Last>(tiling, unit, tiling.patch(tile), [&](int64_t row, int64_t channel, int64_t count) {
+      const RowOf<Last> center(c.center, channel), slope(c.slope, channel), level(c.level, channel), pull(c.pull, channel),
+          push(c.push, channel);
+      for_spans<2>(count, [&](int64_t i, auto span) {
+        constexpr int V = decltype(span)::vectors;
+        const int64_t j = row + i;
+        vf v[V], dz[V], centers[V], slopes[V], levels[V];
+        span_load(x + j, span, v);
+        if (keep) span_load(kept + j - origin, span, dz);
+        else span_load(grad_y + j, span, dz);
+        if (ahead) span_prefetch(x + j + ahead, span), span_prefetch(grad_y + j + ahead, span);
+        for (int k = 0; k < V; ++k) {
+          const int64_t at = i + k * LANES;
+          centers[k] = center.at(at), slopes[k] = slope.at(at), levels[k] = level.at(at);
+        }
+        if (keep)
+          for (int k = 0; k < V; ++k) v[k] = v[k] - centers[k];
+        else differentiate(span, centers, slopes, levels, v, dz);
+        for (int k = 0; k < V; ++k) {
+          const int64_t at = i + k * LANES;
+          v[k] = fma(dz[k], slopes[k], fma(v[k], pull.at(at), push.at(at)));
+        }
+        span_store(grad_x + j, span, v, stream);
+      });
     });
     if (stream) drain_stores();
   };
-  tiling.run(threads, coefficients + 2 * slots * width, prepare, reduce, finish, apply);
-  for (int64_t c = 0; (grad_weight || grad_bias) && c < tiling.channels; ++c) {
-    double by_weight = 0, by_bias = 0;
-    for (int64_t i = c; i < all; i += tiling.channels) {
-      const double factor = modulation.factor_at(i);
-      by_bias += factor * totals[i], by_weight += factor * totals[all + i];
+  tiling.run(threads, coefficients + sums + (keep ? tiling.unit_size() : 0), 2 * sizeof(T), keep, prepare, reduce, finish,
+             apply);
+  if (affine) {
+    double *by_bias = new double[2 * tiling.channels], *by_weight = by_bias + tiling.channels;
+    for (int64_t c = 0; c < 2 * tiling.channels; ++c) by_bias[c] = 0;
+    for (int64_t i = 0; i < all; i += tiling.channels)
+      for (int64_t c = 0; c < tiling.channels; ++c) by_bias[c] += totals[i + c], by_weight[c] += totals[all + i + c];
+    for (int64_t c = 0; c < tiling.channels; ++c) {
+      Modulation::write(grad_weight, modulation.affine_dtype, c, (float)by_weight[c]);
+      Modulation::write(grad_bias, modulation.affine_dtype, c, (float)by_bias[c]);
     }
-    Modulation::write(grad_weight, modulation.affine_dtype, c, (float)by_weight);
-    Modulation::write(grad_bias, modulation.affine_dtype, c, (float)by_bias);
+    delete[] by_bias;
   }
   delete[] totals;
 }

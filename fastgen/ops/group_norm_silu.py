@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastgen.ops import _dispatch, _native
+from fastgen.ops import _checks, _dispatch, _native
 from fastgen.ops._spec import OpSpec
 
 __all__ = ["group_norm_silu", "group_norm_silu_reference"]
@@ -55,6 +55,8 @@ def _pair(
     names: tuple[str, str], first: Tensor | None, second: Tensor | None, shape: tuple[int, ...], x: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """Two parameters of one shape, checked, contiguous and in one storage type."""
+    if first is None and second is None:
+        return None, None
     for name, value in zip(names, (first, second), strict=True):
         if value is None:
             continue
@@ -63,7 +65,7 @@ def _pair(
         if (value.shape != shape and value.shape != (1, *shape[1:])) or value.device != x.device:
             raise ValueError(f"{name} must have shape {list(shape)} on {x.device}, got {list(value.shape)} on {value.device}")
     known = [v.dtype for v in (first, second) if v is not None]
-    if not known or x.dtype not in _native.DTYPES:
+    if x.dtype not in _native.DTYPES:
         return first, second
     dtype = known[0]
     if dtype is not known[-1] or dtype not in _native.DTYPES:
@@ -281,10 +283,12 @@ def group_norm_silu(
     chosen = _dispatch.choose(SPEC, backend, x)
     if chosen == "reference":
         return group_norm_silu_reference(x, groups, weight, bias, scale=scale, shift=shift, eps=eps, activation=activation)
-    if not x.is_contiguous() and not x.movedim(1, -1).is_contiguous():
+    if not x.is_contiguous() and not _checks.is_channels_last(x) and not x.movedim(1, -1).is_contiguous():
         x = x.contiguous()
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias, scale, shift)):
-        return _GroupNormSilu.apply(x, groups, weight, bias, scale, shift, eps, silu, chosen)
+    if torch.is_grad_enabled():
+        for value in (x, weight, bias, scale, shift):
+            if value is not None and value.requires_grad:
+                return _GroupNormSilu.apply(x, groups, weight, bias, scale, shift, eps, silu, chosen)
     return _normalise(x, groups, weight, bias, scale, shift, eps, silu, chosen)
 
 
