@@ -77,7 +77,7 @@ def _coupling(config: RealNVPConfig, features: int, index: int) -> Bijection:
     if config.is_image:
         conditioner = ResNetConditioner(stays, config.channels, (moves, moves), config.context, blocks=config.blocks)
     else:
-        conditioner = MLPConditioner(stays, config.hidden, (moves, moves), config.context)
+        conditioner = MLPConditioner(stays, config.hidden, (moves, moves), config.context, identity=True)
     return AffineCoupling(conditioner, sizes, flip=index % 2 == 1, bound=config.bound)
 
 
