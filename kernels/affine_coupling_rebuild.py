@@ -26,6 +26,8 @@ def affine_coupling_rebuild_kernel(
     b_by_y = tl.load(p_grad_y + o, mask=m, other=0.0).to(tl.float32)
     tl.store(p_grad_x + o, narrow(b_by_y * b_factor, p_grad_x), mask=m)
     b_by_log = b_by_y * b_moved + tl.load(p_grad_log_det + i_sample, mask=m_sample, other=0.0)
+    if BOUND == 0:
+        b_by_log += 0.0 * b_raw  # nothing else would show a NaN there
     tl.store(p_grad_log_scale + o, narrow(b_by_log * b_slope, p_grad_log_scale), mask=m)
 
 
