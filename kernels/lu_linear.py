@@ -114,9 +114,14 @@ def _multiply(samples, channels, pixels, x, matrix, y):
     )  # fmt: skip
 
 
-def lu_linear_fwd(samples, channels, pixels, x, lower, upper, log_diagonal, sign, permutation, y, log_det, inverse):
+def multiply_by(samples, channels, pixels, x, lower, upper, log_diagonal, sign, permutation, y, inverse):
+    """y = W x, or W^-1 x."""
     matrix = _matrix(*_factors(lower, upper, log_diagonal, sign), permutation, inverse)
     _multiply(samples, channels, pixels, x, matrix, y)
+
+
+def lu_linear_fwd(samples, channels, pixels, x, lower, upper, log_diagonal, sign, permutation, y, log_det, inverse):
+    multiply_by(samples, channels, pixels, x, lower, upper, log_diagonal, sign, permutation, y, inverse)
     total = pixels * log_diagonal.double().sum()
     log_det.copy_(-total if inverse else total)
 

@@ -156,19 +156,21 @@ def _through_softmax(
 
 @triton.jit
 def rq_spline_bwd_kernel(
-    p_x, p_widths, p_heights, p_derivatives, p_grad_y, p_grad_log_det, p_grad_x, p_grad_widths, p_grad_heights,
+    p_x, p_widths, p_heights, p_derivatives, p_grad_y, p_grad_log_det, p_rebuilt, p_grad_x, p_grad_widths, p_grad_heights,
     p_grad_derivatives, elements, event, bound,
-    HAS_Y: tl.constexpr, HAS_LOG_DET: tl.constexpr, INVERSE: tl.constexpr, ZUKO: tl.constexpr, BLOCK: tl.constexpr,
-    bins: tl.constexpr, BINS: tl.constexpr,
+    HAS_Y: tl.constexpr, HAS_LOG_DET: tl.constexpr, INVERSE: tl.constexpr, REBUILD: tl.constexpr, ZUKO: tl.constexpr,
+    BLOCK: tl.constexpr, bins: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
+    """REBUILD, with INVERSE: x is the output of the spline; its input and the gradients of the spline there are stored."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < elements
     b_given = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
     m_tail = _outside(b_given, bound, ZUKO)
+    b_outer = b_given
     b_given = tl.where(m_tail, 0.0, b_given)
     b_by_out = tl.load(p_grad_y + o, mask=m, other=0.0).to(tl.float32) if HAS_Y else tl.zeros((BLOCK,), tl.float32)
     b_by_log = tl.load(p_grad_log_det + o // event, mask=m, other=0.0) if HAS_LOG_DET else tl.zeros((BLOCK,), tl.float32)
-    _, b_slope, normalised, i_bin, w, h, s, d0, d1, u0, u1, theta, phi, b_numerator, b_rest, b_per, b_curve = _locate(
+    b_out, b_slope, normalised, i_bin, w, h, s, d0, d1, u0, u1, theta, phi, b_numerator, b_rest, b_per, b_curve = _locate(
         p_widths, p_heights, p_derivatives, b_given, o, m, bins, bound, INVERSE, ZUKO, BINS
     )
     a, b = tl.where(m_tail, 0.0, b_by_out), tl.where(m_tail, 0.0, b_by_log)
@@ -179,7 +181,9 @@ def rq_spline_bwd_kernel(
     b_log_d0 = phi * phi / b_curve - 2.0 * q * b_per
     b_log_d1 = theta * theta / b_curve - 2.0 * q * b_per
     b_rise = b_slope * w
-    if INVERSE:  # the implicit function theorem
+    if REBUILD:
+        tl.store(p_rebuilt + o, narrow(tl.where(m_tail, b_outer, b_out), p_rebuilt), mask=m)
+    if INVERSE and not REBUILD:  # the implicit function theorem
         b_by_theta = -a * w
         b = -b
         b_by_x = (b * b_log_theta - b_by_theta) / b_rise
@@ -225,17 +229,37 @@ def rq_spline_fwd(rows, event, bins, x, widths, heights, derivatives, y, log_det
 
 def rq_spline_bwd(
     rows, event, bins, x, widths, heights, derivatives, grad_y, grad_log_det, grad_x, grad_widths, grad_heights,
-    grad_derivatives, bound, inverse, zuko,
+    grad_derivatives, bound, inverse, zuko, rebuilt=None,
 ):  # fmt: skip
     if not x.numel():
         return
     _, BLOCK, BINS = tile(1, rows * event, bins)
     rq_spline_bwd_kernel[(triton.cdiv(rows * event, BLOCK),)](
-        x, widths, heights, derivatives, grad_y, grad_log_det, grad_x, grad_widths, grad_heights, grad_derivatives,
+        x, widths, heights, derivatives, grad_y, grad_log_det, rebuilt, grad_x, grad_widths, grad_heights, grad_derivatives,
         rows * event, event, bound,
-        HAS_Y=grad_y is not None, HAS_LOG_DET=grad_log_det is not None, INVERSE=inverse, ZUKO=zuko, BLOCK=BLOCK, bins=bins,
-        BINS=BINS, num_warps=4,
+        HAS_Y=grad_y is not None, HAS_LOG_DET=grad_log_det is not None, INVERSE=inverse, REBUILD=rebuilt is not None,
+        ZUKO=zuko, BLOCK=BLOCK, bins=bins, BINS=BINS, num_warps=4,
     )  # fmt: skip
+
+
+def backward_case(dtype, inverse, rebuild=False):
+    """What the static report compiles of the backward kernel."""
+    data, size, rows, event, bins = f"*{TYPES[dtype]}", 4 if dtype == "float32" else 2, 4096, 32, 8
+    _, BLOCK, BINS = tile(1, rows * event, bins)
+    names = ("p_x", "p_widths", "p_heights", "p_derivatives")
+    arguments = {**dict.fromkeys(names, data), "p_grad_y": data, "p_grad_log_det": "*fp32"}
+    arguments["p_rebuilt"] = data if rebuild else None
+    arguments |= {f"p_grad_{name[2:]}": data for name in names}
+    flags = {"HAS_Y": True, "HAS_LOG_DET": True, "INVERSE": inverse, "REBUILD": rebuild, "ZUKO": False}
+    return StaticCase(
+        rq_spline_bwd_kernel,
+        f"{dtype} {rows}x{event}, {bins} bins{', rebuilding' if rebuild else ', inverse' if inverse else ''}",
+        {**arguments, "elements": "i32", "event": "i32", "bound": "fp32"},
+        {**flags, "BLOCK": BLOCK, "bins": bins, "BINS": BINS},
+        {"num_warps": 4},
+        elements=BLOCK,
+        bytes_per_element=2 * (3 * bins - 1) * size + (4 if rebuild else 3) * size + 4 / event,
+    )
 
 
 def static_cases():
@@ -247,8 +271,6 @@ def static_cases():
             what = f"{dtype} {rows}x{event}, {bins} bins{', inverse' if inverse else ''}"
             inputs = dict.fromkeys(("p_x", "p_widths", "p_heights", "p_derivatives"), data)
             common = {"INVERSE": inverse, "ZUKO": False, "bins": bins, "BINS": BINS}
-            gradients = {"p_grad_y": data, "p_grad_log_det": "*fp32"}
-            gradients |= {f"p_grad_{name}": data for name in ("x", "widths", "heights", "derivatives")}
             parameters = (3 * bins - 1) * size
             cases.append(
                 StaticCase(
@@ -262,16 +284,5 @@ def static_cases():
                     bytes_per_element=parameters + 2 * size + 4 / event,
                 )
             )
-            _, BLOCK, BINS = tile(1, rows * event, bins)
-            cases.append(
-                StaticCase(
-                    rq_spline_bwd_kernel,
-                    what,
-                    {**inputs, **gradients, "elements": "i32", "event": "i32", "bound": "fp32"},
-                    {**common, "HAS_Y": True, "HAS_LOG_DET": True, "BLOCK": BLOCK},
-                    {"num_warps": 4},
-                    elements=BLOCK,
-                    bytes_per_element=2 * parameters + 3 * size + 4 / event,
-                )
-            )
+            cases.append(backward_case(dtype, inverse))
     return cases

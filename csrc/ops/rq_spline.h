@@ -219,11 +219,12 @@ static void rq_spline_fwd_blocks(int64_t blocks, const Spline& s, const float* x
   }
 }
 
-// grad_log_det holds the gradient of its row for every element.
-template <int BINS, bool Zuko>
+// grad_log_det holds the gradient of its row for every element. With Rebuild, x is the output of the spline, whose input goes to
+// `rebuilt`; the gradients are those of the spline there, although s.inverse is how it is found.
+template <int BINS, bool Zuko, bool Rebuild>
 static void rq_spline_bwd_blocks(int64_t blocks, const Spline& s, const float* x, const float* widths, const float* heights,
-                                 const float* derivatives, const float* grad_y, const float* grad_log_det, float* grad_x,
-                                 float* grad_widths, float* grad_heights, float* grad_derivatives, vf* scratch) {
+                                 const float* derivatives, const float* grad_y, const float* grad_log_det, float* rebuilt,
+                                 float* grad_x, float* grad_widths, float* grad_heights, float* grad_derivatives, vf* scratch) {
   const int64_t n = BINS ? BINS : s.bins;
   const vf step = splat(Zuko ? 0.0f : 2.0f * s.bound * LEAST);
   const float share = Zuko ? 2.0f * s.bound : 2.0f * s.bound * (1.0f - LEAST * (float)n);
@@ -242,6 +243,7 @@ static void rq_spline_bwd_blocks(int64_t blocks, const Spline& s, const float* x
     load_columns<BINS ? BINS - 1 : 0>(derivatives + i * (n - 1), n - 1, u);
     vf given = load<vf>(x + i);
     const vi tail = outside<Zuko>(s, given);
+    const vf outer = given;
     given = tail ? vf{} : given;
     const vf by_out = load<vf>(grad_y + i);
     const vf by_y = tail ? vf{} : by_out, by_log = tail ? vf{} : load<vf>(grad_log_det + i);
@@ -258,7 +260,7 @@ static void rq_spline_bwd_blocks(int64_t blocks, const Spline& s, const float* x
     const vf log_d0 = fma(phi2, per_curve, -2.0f * q * per), log_d1 = fma(theta2, per_curve, -2.0f * q * per);
     const vf rise = p.derivative * p.width;  // d y / d theta
     vf a = by_y, b = by_log, by_theta, by_x;
-    if (s.inverse) {  // x is the inverse of y at the knots that are given: the implicit function theorem
+    if (!Rebuild && s.inverse) {  // x is the inverse of y at the knots that are given: the implicit function theorem
       b = -by_log;
       by_x = fma(by_y, p.width, b * log_theta) / rise;
       a = -by_x;
@@ -274,6 +276,7 @@ static void rq_spline_bwd_blocks(int64_t blocks, const Spline& s, const float* x
     const vf by_width = -fma(by_slope, p.slope, by_theta * p.theta) * per_width;
     const vf by_left = -by_theta * per_width;  // a moves the lower knot
     store(grad_x + i, tail ? by_out : by_x);
+    if constexpr (Rebuild) store(rebuilt + i, tail ? outer : p.out);
 
     // through the softmax: every parameter below the bin, the bin's own and those above it get one value each
     const vf by_from = s.inverse ? a : by_left, by_length = s.inverse ? by_height : by_width;
@@ -353,7 +356,7 @@ struct Workspace {
 
 using SplineForward = void (*)(int64_t, const Spline&, const float*, const float*, const float*, const float*, float*, float*, vf*);
 using SplineBackward = void (*)(int64_t, const Spline&, const float*, const float*, const float*, const float*, const float*,
-                                const float*, float*, float*, float*, float*, vf*);
+                                const float*, float*, float*, float*, float*, float*, vf*);
 
 template <bool Zuko>
 INLINE SplineForward spline_forward(int64_t bins) {
@@ -365,14 +368,14 @@ INLINE SplineForward spline_forward(int64_t bins) {
     default: return rq_spline_fwd_blocks<0, Zuko>;
   }
 }
-template <bool Zuko>
+template <bool Zuko, bool Rebuild = false>
 INLINE SplineBackward spline_backward(int64_t bins) {
   switch (bins) {
-    case 4: return rq_spline_bwd_blocks<4, Zuko>;
-    case 8: return rq_spline_bwd_blocks<8, Zuko>;
-    case 16: return rq_spline_bwd_blocks<16, Zuko>;
-    case 32: return rq_spline_bwd_blocks<32, Zuko>;
-    default: return rq_spline_bwd_blocks<0, Zuko>;
+    case 4: return rq_spline_bwd_blocks<4, Zuko, Rebuild>;
+    case 8: return rq_spline_bwd_blocks<8, Zuko, Rebuild>;
+    case 16: return rq_spline_bwd_blocks<16, Zuko, Rebuild>;
+    case 32: return rq_spline_bwd_blocks<32, Zuko, Rebuild>;
+    default: return rq_spline_bwd_blocks<0, Zuko, Rebuild>;
   }
 }
 
@@ -410,17 +413,18 @@ INLINE void rq_spline_fwd_as(int64_t rows, int64_t event, Spline s, SplineForwar
   sums.finish();
 }
 
-// grad_y or grad_log_det may be null: no gradient came from that output.
+// grad_y or grad_log_det may be null: no gradient came from that output. `rebuilt` is null but for the rebuilding blocks.
 template <class T>
 INLINE void rq_spline_bwd_as(int64_t rows, int64_t event, Spline s, SplineBackward blocks, const T* x, const T* widths,
-                             const T* heights, const T* derivatives, const T* grad_y, const float* grad_log_det, T* grad_x,
-                             T* grad_widths, T* grad_heights, T* grad_derivatives, int64_t threads) {
+                             const T* heights, const T* derivatives, const T* grad_y, const float* grad_log_det, T* rebuilt,
+                             T* grad_x, T* grad_widths, T* grad_heights, T* grad_derivatives, int64_t threads) {
   const Tiling tiling(rows, event, SPLINE_TILE);
   const int64_t n = s.bins, knots = s.bins - 1;
   tiling.run(threads, [&](const Tile& tile) {
-    Workspace work(LANES * (11 * n + 3));
+    Workspace work(LANES * (11 * n + 4));
     vf* const vectors = (vf*)work.take(LANES * 5 * n);
     float *const staged_x = work.take(LANES), *const staged_gy = work.take(LANES), *const staged_gx = work.take(LANES),
+                 *const staged_out = work.take(LANES),
                  *const staged_w = work.take(LANES * n), *const staged_h = work.take(LANES * n),
                  *const staged_d = work.take(LANES * n), *const staged_gw = work.take(LANES * n),
                  *const staged_gh = work.take(LANES * n), *const staged_gd = work.take(LANES * n);
@@ -433,17 +437,19 @@ INLINE void rq_spline_bwd_as(int64_t rows, int64_t event, Spline s, SplineBackwa
     const int64_t whole = sizeof(T) == 4 ? count / LANES * LANES : 0;
     if constexpr (sizeof(T) == 4)
       blocks(whole / LANES, s, x + offset, widths + offset * n, heights + offset * n, derivatives + offset * knots,
-             grad_y ? grad_y + offset : none, by_log, grad_x + offset, grad_widths + offset * n, grad_heights + offset * n,
-             grad_derivatives + offset * knots, vectors);
+             grad_y ? grad_y + offset : none, by_log, rebuilt ? rebuilt + offset : nullptr, grad_x + offset,
+             grad_widths + offset * n, grad_heights + offset * n, grad_derivatives + offset * knots, vectors);
     for (int64_t i = whole; i < count; i += LANES) {
       const int64_t o = offset + i, m = min(LANES, count - i);
+      float* const out = rebuilt ? place(rebuilt + o, m, staged_out) : nullptr;
       float* const gx = place(grad_x + o, m, staged_gx);
       float* const gw = place(grad_widths + o * n, m, staged_gw);
       float* const gh = place(grad_heights + o * n, m, staged_gh);
       float* const gd = place(grad_derivatives + o * knots, m, staged_gd);
       blocks(1, s, staged(x + o, m, 1, staged_x), staged(widths + o * n, m, n, staged_w),
              staged(heights + o * n, m, n, staged_h), staged(derivatives + o * knots, m, knots, staged_d),
-             grad_y ? staged(grad_y + o, m, 1, staged_gy) : none, by_log + i, gx, gw, gh, gd, vectors);
+             grad_y ? staged(grad_y + o, m, 1, staged_gy) : none, by_log + i, out, gx, gw, gh, gd, vectors);
+      if (rebuilt) unstage(rebuilt + o, m, 1, out);
       unstage(grad_x + o, m, 1, gx);
       unstage(grad_widths + o * n, m, n, gw);
       unstage(grad_heights + o * n, m, n, gh);
@@ -472,7 +478,7 @@ inline void rq_spline_bwd(int64_t dtype, int64_t rows, int64_t event, int64_t bi
     using T = typename Pointee<decltype(t)>::type;
     rq_spline_bwd_as<T>(rows, event, Spline{bins, (float)bound, inverse != 0},
                         zuko ? spline_backward<true>(bins) : spline_backward<false>(bins), (const T*)x, (const T*)widths,
-                        (const T*)heights, (const T*)derivatives, (const T*)grad_y, grad_log_det, (T*)grad_x,
+                        (const T*)heights, (const T*)derivatives, (const T*)grad_y, grad_log_det, (T*)nullptr, (T*)grad_x,
                         (T*)grad_widths, (T*)grad_heights, (T*)grad_derivatives, threads);
   };
   with_dtype(dtype, run);

@@ -37,6 +37,17 @@ class Coupling(Bijection):
         """The elementwise transform of one part, or its inverse, and the log-determinant [N]."""
         raise NotImplementedError
 
+    def uncouple(
+        self, y: Tensor, parameters: tuple[Tensor, ...], grad_y: Tensor, grad_ladj: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Backpropagation through :meth:`couple` from its output: x, the gradient in x, and those in ``parameters``."""
+        x = self.couple(y, parameters, inverse=True)[0]
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
+            outputs = self.couple(leaves[0], tuple(leaves[1:]), inverse=False)
+            (grad_x, *grads), _ = gradients(outputs, leaves, None, (grad_y, grad_ladj), [])
+        return x, grad_x, tuple(grads)
+
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What stays, and what is transformed."""
         first, second = x.split(self.sizes, 1)
@@ -60,17 +71,15 @@ class Coupling(Bijection):
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """One pass of the conditioner serves the inverse and the gradients: the part that it reads is the same in x and y."""
         grad_stays, grad_moves = self._split(grad_y)
+        stays, moves = self._split(y)
         with torch.enable_grad():
-            a, b = (part.detach() for part in self._split(y))
-            a.requires_grad_()
+            a = stays.detach().requires_grad_()
             theta = self.conditioner(a, context)
-            with torch.no_grad():
-                b = self.couple(b, theta, inverse=True)[0]
-            b.requires_grad_()
-            outputs = self.couple(b, theta, inverse=False)
-            (grad_a, grad_b), rest = gradients(outputs, [a, b], context, grad_moves, grad_ladj, parameters)
         with torch.no_grad():
-            return self._join(a.detach(), b.detach()), self._join(grad_a + grad_stays, grad_b), rest
+            b, grad_b, grad_theta = self.uncouple(moves, tuple(t.detach() for t in theta), grad_moves, grad_ladj)
+        (grad_a,), rest = gradients(theta, [a], context, grad_theta, parameters)
+        with torch.no_grad():
+            return self._join(stays, b), self._join(grad_a + grad_stays, grad_b), rest
 
 
 class AdditiveCoupling(Coupling):
@@ -79,6 +88,12 @@ class AdditiveCoupling(Coupling):
     def couple(self, x: Tensor, parameters: tuple[Tensor, ...], *, inverse: bool) -> tuple[Tensor, Tensor]:
         (shift,) = parameters
         return x - shift if inverse else x + shift, x.new_zeros(len(x))
+
+    def uncouple(
+        self, y: Tensor, parameters: tuple[Tensor, ...], grad_y: Tensor, grad_ladj: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        (shift,) = parameters
+        return y - shift, grad_y, (grad_y,)
 
 
 class AffineCoupling(Coupling):
@@ -96,6 +111,11 @@ class AffineCoupling(Coupling):
 
     def couple(self, x: Tensor, parameters: tuple[Tensor, ...], *, inverse: bool) -> tuple[Tensor, Tensor]:
         return self.elementwise(x, parameters, inverse=inverse)
+
+    def uncouple(
+        self, y: Tensor, parameters: tuple[Tensor, ...], grad_y: Tensor, grad_ladj: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        return self.elementwise.rebuild(y, parameters, grad_y, grad_ladj)
 
     def extra_repr(self) -> str:
         return f"bound={self.bound!r}"
@@ -126,6 +146,11 @@ class SplineCoupling(Coupling):
 
     def couple(self, x: Tensor, parameters: tuple[Tensor, ...], *, inverse: bool) -> tuple[Tensor, Tensor]:
         return self.elementwise(x, parameters, inverse=inverse)
+
+    def uncouple(
+        self, y: Tensor, parameters: tuple[Tensor, ...], grad_y: Tensor, grad_ladj: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        return self.elementwise.rebuild(y, parameters, grad_y, grad_ladj)
 
     def extra_repr(self) -> str:
         return f"bins={self.bins}, bound={self.bound}, convention={self.convention!r}"

@@ -36,6 +36,14 @@ class Affine:
     def __call__(self, x: Tensor, parameters: tuple[Tensor, ...], *, inverse: bool) -> tuple[Tensor, Tensor]:
         return ops.affine_coupling(x, *parameters, bound=self.bound, inverse=inverse)
 
+    def rebuild(
+        self, y: Tensor, parameters: tuple[Tensor, ...], grad_y: Tensor, grad_ladj: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """One step of backpropagation from the output alone: x, the gradient of the loss in it, and those in ``parameters``."""
+        shift, log_scale = parameters
+        x, grad_x, grad_log_scale = ops.affine_coupling_rebuild(y, shift, log_scale, grad_y, grad_ladj, bound=self.bound)
+        return x, grad_x, (grad_y, grad_log_scale)
+
 
 @dataclasses.dataclass(frozen=True)
 class Spline:
@@ -54,6 +62,19 @@ class Spline:
         return self.bins, self.bins, self.bins - 1
 
     def __call__(self, x: Tensor, parameters: tuple[Tensor, ...], *, inverse: bool) -> tuple[Tensor, Tensor]:
+        knots = self._shaped(x, parameters)
+        return ops.rq_spline(x, *knots, bound=self.bound, inverse=inverse, convention=self.convention)
+
+    def rebuild(
+        self, y: Tensor, parameters: tuple[Tensor, ...], grad_y: Tensor, grad_ladj: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """As that of :class:`Affine`."""
+        knots = self._shaped(y, parameters)
+        x, grad_x, *grads = ops.rq_spline_rebuild(y, *knots, grad_y, grad_ladj, bound=self.bound, convention=self.convention)
+        return x, grad_x, tuple(g.reshape(p.shape) for g, p in zip(grads, parameters, strict=True))
+
+    def _shaped(self, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """The parameters of each element along a dimension of their own."""
         shape = tuple(x.shape[1:])
         widths, heights, derivatives = (p.unflatten(1, (*shape, k)) for p, k in zip(parameters, self.sizes, strict=True))
-        return ops.rq_spline(x, widths, heights, derivatives, bound=self.bound, inverse=inverse, convention=self.convention)
+        return widths, heights, derivatives

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn.functional import one_hot
 from fastgen.flows import images
 from fastgen.flows.base import BASES
 from fastgen.flows.diagnose import Report, diagnose
+from fastgen.flows.stack import Stack
 from fastgen.flows.transform import Bijection, Compose, GivenContext
 from fastgen.nn.model import Batch, Config, Model, split_batch
 from fastgen.nn.pixels import dequantize, quantize
@@ -46,6 +47,8 @@ class FlowConfig(Config):
     """Distribution of the noise."""
     memory: Literal["standard", "invertible"] = "standard"
     """"invertible" trains in memory that does not grow with depth; see :mod:`fastgen.flows.stack`."""
+    stored: float = 0.0
+    """With memory="invertible": share of the layers whose activations are stored all the same, for less time."""
     grey_levels: int = 256
     """Images alone: their grey levels, dequantised by uniform noise; 0 for images of real values in [0, 1]."""
     alpha: float | None = 0.05
@@ -57,7 +60,13 @@ class FlowConfig(Config):
         """Whether events are images (C, H, W)."""
         return len(self.event_shape) == 3
 
+    def stack(self, layers: Iterable[Bijection]) -> Stack:
+        """The layers as a stack with these options."""
+        return Stack(layers, memory=self.memory, stored=self.stored)
+
     def __post_init__(self) -> None:
+        if not 0 <= self.stored <= 1:
+            raise ValueError(f"stored must be in 0 .. 1, got {self.stored}")
         if self.context < 0:
             raise ValueError(f"context must be at least 0, got {self.context}")
         if self.base not in BASES:

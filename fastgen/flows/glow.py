@@ -14,7 +14,6 @@ from fastgen.flows.flow import Flow, FlowConfig
 from fastgen.flows.images import Squeeze
 from fastgen.flows.linear import ActNorm, LULinear
 from fastgen.flows.multiscale import MultiScale, halvings
-from fastgen.flows.stack import Stack
 from fastgen.flows.transform import Bijection
 from fastgen.nn.conditioner import ConvConditioner
 from fastgen.registry import register
@@ -60,7 +59,7 @@ def _level(config: GlowConfig, index: int, *, last: bool) -> Bijection:
         layers += [ActNorm(channels, 3), LULinear(channels, 3), _coupling(config, channels)]
     if config.learned_prior and not last:
         layers.append(_coupling(config, channels))
-    return Stack(layers, memory=config.memory)
+    return config.stack(layers)
 
 
 @register("glow", config=GlowConfig, paper="Kingma & Dhariwal (2018), arXiv:1807.03039", data="mnist5k")

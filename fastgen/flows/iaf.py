@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from fastgen.flows.flow import Flow
 from fastgen.flows.maf import MAFConfig, affine_layer
-from fastgen.flows.stack import Stack
 from fastgen.registry import register
 
 __all__ = ["IAF"]
@@ -25,4 +24,4 @@ class IAF(Flow):
     config: MAFConfig
 
     def __init__(self, config: MAFConfig) -> None:
-        super().__init__(config, Stack((affine_layer(config, i).inv for i in range(config.layers)), memory=config.memory))
+        super().__init__(config, config.stack(affine_layer(config, i).inv for i in range(config.layers)))

@@ -76,7 +76,7 @@ class _Search(torch.autograd.Function):
             (of_ladj,) = torch.autograd.grad(ladj, x, grad_ladj, retain_graph=True, allow_unused=True)
             u = u if of_ladj is None else u - of_ladj
         v = _solve(x, y, u, transform.diagonal(x.detach(), context), transform.solver_steps)
-        _, rest = gradients((y, ladj), [x], context, -v, -grad_ladj, parameters)
+        _, rest = gradients((y, ladj), [x], context, (-v, -grad_ladj), parameters)
         *of_parameters, of_context = rest
         return None, v, of_context, *of_parameters
 

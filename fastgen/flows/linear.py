@@ -66,6 +66,18 @@ class ActNorm(Bijection):
     def inv_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return (y - self._shaped(self.shift)) * self._shaped((-self.log_scale).exp()), -self._ladj(y)
 
+    @torch.no_grad()
+    def rebuild(
+        self, y: Tensor, context: Tensor | None, grad_y: Tensor, grad_ladj: Tensor, parameters: list[nn.Parameter]
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """In closed form, as :func:`fastgen.ops.affine_coupling_rebuild` has it."""
+        moved = y - self._shaped(self.shift)
+        others = [d for d in range(y.dim()) if d != 1]
+        grad_log_scale = (grad_y * moved).sum(others) + grad_ladj.sum() * y[0, 0].numel()
+        grads = {self.log_scale: grad_log_scale, self.shift: grad_y.sum(others)}
+        x = moved.mul_(self._shaped((-self.log_scale).exp()))
+        return x, grad_y * self._shaped(self.log_scale.exp()), [*(grads[p] for p in parameters), None]
+
 
 class LULinear(Bijection):
     """Multiply the channels of every pixel by an invertible matrix, learned as its LU factors; it starts as a rotation.
@@ -91,6 +103,16 @@ class LULinear(Bijection):
     def _multiply(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         factors = self.lower, self.upper, self.log_diagonal, self.sign
         return ops.lu_linear(x, *factors, self.permutation, inverse=inverse)
+
+    @torch.no_grad()
+    def rebuild(
+        self, y: Tensor, context: Tensor | None, grad_y: Tensor, grad_ladj: Tensor, parameters: list[nn.Parameter]
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """By one fused pass, :func:`fastgen.ops.lu_linear_rebuild`."""
+        factors = self.lower, self.upper, self.log_diagonal
+        x, grad_x, *grads = ops.lu_linear_rebuild(y, *factors, self.sign, self.permutation, grad_y, grad_ladj)
+        found = dict(zip(factors, grads, strict=True))
+        return x, grad_x, [*(found[p].to(p.dtype) for p in parameters), None]
 
     def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._multiply(x, inverse=False)

@@ -11,7 +11,6 @@ from typing import Literal
 from fastgen.flows.autoregressive import Autoregressive, Inversion, check_inversion
 from fastgen.flows.elementwise import Affine
 from fastgen.flows.flow import Flow, FlowConfig
-from fastgen.flows.stack import Stack
 from fastgen.nn.masked import MADE
 from fastgen.registry import register
 
@@ -58,4 +57,4 @@ class MAF(Flow):
     config: MAFConfig
 
     def __init__(self, config: MAFConfig) -> None:
-        super().__init__(config, Stack((affine_layer(config, i) for i in range(config.layers)), memory=config.memory))
+        super().__init__(config, config.stack(affine_layer(config, i) for i in range(config.layers)))

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fastgen.flows.coupling import AdditiveCoupling, halves
 from fastgen.flows.flow import Flow, FlowConfig
-from fastgen.flows.stack import Stack
 from fastgen.flows.transform import Bijection
 from fastgen.nn.conditioner import MLPConditioner
 from fastgen.registry import register
@@ -66,4 +65,4 @@ class NICE(Flow):
             sizes, stays, moves = halves(features, i)
             conditioner = MLPConditioner(stays, config.hidden, (moves,), config.context)
             layers.append(AdditiveCoupling(conditioner, sizes, flip=i % 2 == 1))
-        super().__init__(config, Stack([*layers, DiagonalScale(features)], memory=config.memory))
+        super().__init__(config, config.stack([*layers, DiagonalScale(features)]))

@@ -14,7 +14,6 @@ from fastgen.flows.autoregressive import Autoregressive, Inversion, check_invers
 from fastgen.flows.coupling import SplineCoupling, halves
 from fastgen.flows.elementwise import Spline
 from fastgen.flows.flow import Flow, FlowConfig
-from fastgen.flows.stack import Stack
 from fastgen.flows.transform import Bijection
 from fastgen.nn.conditioner import MLPConditioner
 from fastgen.nn.masked import MADE
@@ -89,4 +88,4 @@ class NSF(Flow):
 
     def __init__(self, config: NSFConfig) -> None:
         layer, features = _LAYERS[config.kind], math.prod(config.event_shape)
-        super().__init__(config, Stack((layer(config, features, i) for i in range(config.layers)), memory=config.memory))
+        super().__init__(config, config.stack(layer(config, features, i) for i in range(config.layers)))

@@ -74,7 +74,7 @@ class ResidualMap(Bijection):
 
 def _stack(kind: Literal["planar", "radial"], config: PlanarConfig) -> Stack:
     features = math.prod(config.event_shape)
-    return Stack((ResidualMap(kind, features, config.context) for _ in range(config.layers)), memory=config.memory)
+    return config.stack(ResidualMap(kind, features, config.context) for _ in range(config.layers))
 
 
 @register("planar", config=PlanarConfig, paper="Rezende & Mohamed (2015), arXiv:1505.05770", data="moons")

@@ -17,7 +17,6 @@ from fastgen.flows.coupling import AffineCoupling, halves
 from fastgen.flows.flow import Flow, FlowConfig
 from fastgen.flows.images import Squeeze
 from fastgen.flows.multiscale import MultiScale, halvings
-from fastgen.flows.stack import Stack
 from fastgen.flows.transform import Bijection
 from fastgen.nn.conditioner import MLPConditioner, ResNetConditioner
 from fastgen.registry import register
@@ -77,7 +76,7 @@ def _coupling(config: RealNVPConfig, features: int, index: int) -> Bijection:
     if config.is_image:
         conditioner = ResNetConditioner(stays, config.channels, (moves, moves), config.context, blocks=config.blocks)
     else:
-        conditioner = MLPConditioner(stays, config.hidden, (moves, moves), config.context)
+        conditioner = MLPConditioner(stays, config.hidden, (moves, moves), config.context, identity=True)
     return AffineCoupling(conditioner, sizes, flip=index % 2 == 1, bound=config.bound)
 
 
@@ -87,7 +86,7 @@ def _level(config: RealNVPConfig, index: int, *, last: bool) -> Bijection:
     layers: list[Bijection] = [Squeeze(), *(_coupling(config, channels, i) for i in range(4 if last else 3))]
     if not last:
         layers += [Regroup(), *(_coupling(config, channels, i) for i in range(3))]
-    return Stack(layers, memory=config.memory)
+    return config.stack(layers)
 
 
 @register("realnvp", config=RealNVPConfig, paper="Dinh et al. (2017), arXiv:1605.08803", data="moons")
@@ -109,4 +108,4 @@ class RealNVP(Flow):
         else:
             features = math.prod(config.event_shape)
             couplings = (_coupling(config, features, i) for i in range(config.layers))
-            super().__init__(config, Stack(couplings, memory=config.memory))
+            super().__init__(config, config.stack(couplings))

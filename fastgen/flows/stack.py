@@ -5,7 +5,8 @@ Autograd keeps every layer's activations for the backward pass, so memory grows 
 layer, and differentiates the layer there. That costs one more pass of the conditioners, and leaves rounding errors, which are
 measured: of every activation the forward pass keeps one number per sample, its product with a fixed vector of signs. A layer
 whose rebuilt input misses it by more than ``tolerance`` is too close to singular: its true input is computed again from the
-stack's own, in the same backward pass, and is kept from then on.
+stack's own, in the same backward pass, and is kept from then on. Between the two modes, ``stored`` leaves a share of the layers
+to autograd: memory for time.
 
 Source: Gomez, Ren, Urtasun and Grosse (2017), "The reversible residual network: backpropagation without storing activations".
 """
@@ -34,6 +35,8 @@ class Stack(Compose):
     Args:
         transforms: the layers, the first one first. With ``memory="invertible"`` they must be deterministic.
         memory: "standard" lets autograd keep the activations, "invertible" rebuilds them in the backward pass.
+        stored: with ``memory="invertible"``, the share of the layers, the last ones, whose activations autograd keeps all the
+            same.
         tolerance: error of a rebuilt activation in any sample, relative to the batch's root mean square, from which its
             layer's input is kept; None for 1000 units of rounding of the dtype.
 
@@ -48,27 +51,36 @@ class Stack(Compose):
         transforms: Iterable[Bijection],
         *,
         memory: Literal["standard", "invertible"] = "standard",
+        stored: float = 0.0,
         tolerance: float | None = None,
     ) -> None:
         super().__init__(transforms)
         if memory not in ("standard", "invertible"):
             raise ValueError(f"memory must be 'standard' or 'invertible', got {memory!r}")
+        if not 0 <= stored <= 1:
+            raise ValueError(f"stored must be in 0 .. 1, got {stored!r}")
         self.memory = memory
+        self.stored = stored
         self.tolerance = tolerance
         self.kept: set[int] = set()
         self.reconstruction_errors: dict[int, float] = {}
 
     def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.memory == "invertible" and torch.is_grad_enabled() and len(self):
-            parameters = [[p for p in layer.parameters() if p.requires_grad] for layer in self]
-            flat = [p for group in parameters for p in group]
-            if x.requires_grad or flat or (context is not None and context.requires_grad):
-                y, ladj = _Rebuild.apply(self, parameters, x, context, *flat)
-                return y, ladj
-        return super().call_and_ladj(x, context)
+        layers = list(self)
+        rebuilt = len(layers) - round(self.stored * len(layers)) if self.memory == "invertible" else 0
+        parameters = [[p for p in layer.parameters() if p.requires_grad] for layer in layers[:rebuilt]]
+        flat = [p for group in parameters for p in group]
+        wanted = x.requires_grad or flat or (context is not None and context.requires_grad)
+        if not (rebuilt and wanted and torch.is_grad_enabled()):
+            return super().call_and_ladj(x, context)
+        y, total = _Rebuild.apply(self, parameters, x, context, *flat)
+        for layer in layers[rebuilt:]:
+            y, ladj = layer.call_and_ladj(y, context)
+            total = total + ladj
+        return y, total
 
     def extra_repr(self) -> str:
-        return f"memory={self.memory!r}"
+        return f"memory={self.memory!r}, stored={self.stored:g}"
 
 
 def _signs(x: Tensor) -> Tensor:
@@ -77,7 +89,9 @@ def _signs(x: Tensor) -> Tensor:
 
 
 class _Rebuild(torch.autograd.Function):
-    """Saves input, output, context, one number per sample and layer, and the inputs of the layers in ``stack.kept``."""
+    """The first layers of a stack, one for each group of ``parameters``. Saves input, output, context, one number per sample
+    and layer, and the inputs of the layers in ``stack.kept``.
+    """
 
     @staticmethod
     def forward(
@@ -93,8 +107,8 @@ class _Rebuild(torch.autograd.Function):
         ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
         signs = _signs(x)
         y, total, kept = x, None, {}
-        probes = x.new_empty(len(stack), len(x))
-        for i, layer in enumerate(stack):
+        probes = x.new_empty(len(parameters), len(x))
+        for i, layer in enumerate(itertools.islice(stack, len(parameters))):
             probes[i] = _probe(y, signs)
             if i in stack.kept:
                 kept[i] = y
@@ -123,7 +137,7 @@ class _Rebuild(torch.autograd.Function):
         enabled, dtype = ctx.autocast
         stack.reconstruction_errors = {}
         with torch.autocast(y.device.type, dtype=dtype, enabled=enabled):
-            for i, layer in reversed(list(enumerate(stack))):
+            for i, layer in reversed(list(enumerate(itertools.islice(stack, len(spaces))))):
                 parameters = ctx.parameters[i]
                 if i in kept:
                     x = kept[i]

@@ -103,24 +103,23 @@ class Bijection(nn.Module):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             outputs = self.call_and_ladj(x, context)
-            (grad_x,), rest = gradients(outputs, [x], context, grad_y, grad_ladj, parameters)
+            (grad_x,), rest = gradients(outputs, [x], context, (grad_y, grad_ladj), parameters)
         return grad_x, rest
 
 
 def gradients(
-    outputs: tuple[Tensor, Tensor],
+    outputs: tuple[Tensor, ...],
     inputs: list[Tensor],
     context: Tensor | None,
-    grad_y: Tensor,
-    grad_ladj: Tensor,
+    grads: tuple[Tensor, ...],
     parameters: list[nn.Parameter],
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Gradients of ``outputs``, which are y and ladj: in ``inputs``, and in ``[*parameters, context]``."""
+    """From the gradients of the loss in ``outputs``, those in ``inputs`` and in ``[*parameters, context]``."""
     wanted = [*inputs, *parameters]
     if context is not None and context.requires_grad:
         wanted.append(context)
     # a constant log-determinant has no gradient, and autograd refuses it
-    pairs = [(o, g) for o, g in zip(outputs, (grad_y, grad_ladj), strict=True) if o.requires_grad]
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
     found = list(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
     first = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=False)]
     rest: list[Tensor | None] = [*found[len(inputs) :]]

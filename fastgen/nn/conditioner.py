@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastgen.nn.conv import zero
+
 __all__ = ["LIMIT", "ConvConditioner", "MLPConditioner", "ResNetConditioner"]
 
 LIMIT = 1e9
@@ -24,18 +26,23 @@ class MLPConditioner(nn.Module):
         hidden: widths of the hidden layers, at least one.
         outputs: size of each output.
         context: features of the context; 0 for none.
+        identity: the last layers start at zero, so that an affine coupling starts as the identity: with PyTorch's own start the
+            activations of a deep stack of them grow by orders of magnitude.
 
     Shape: [N, inputs], [N, context] or None -> a tuple of [N, outputs[i]].
     """
 
-    def __init__(self, inputs: int, hidden: Sequence[int], outputs: Sequence[int], context: int = 0) -> None:
+    def __init__(
+        self, inputs: int, hidden: Sequence[int], outputs: Sequence[int], context: int = 0, *, identity: bool = False
+    ) -> None:
         super().__init__()
         if not hidden or min(hidden) < 1:
             raise ValueError(f"hidden must be the widths of at least one layer, got {tuple(hidden)}")
         self.first = nn.Linear(inputs, hidden[0])
         self.context = nn.Linear(context, hidden[0], bias=False) if context else None
         self.rest = nn.ModuleList(nn.Linear(n, m) for n, m in itertools.pairwise(hidden))
-        self.heads = nn.ModuleList(nn.Linear(hidden[-1], size) for size in outputs)
+        heads = (nn.Linear(hidden[-1], size) for size in outputs)
+        self.heads = nn.ModuleList(zero(head) if identity else head for head in heads)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
         h = self.first(x.clamp(-LIMIT, LIMIT))
@@ -67,7 +74,7 @@ class ConvConditioner(nn.Module):
         self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
         self.context = nn.Linear(context, hidden, bias=False) if context else None
         self.middle = nn.Conv2d(hidden, hidden, 1)
-        self.head = _zeros(nn.Conv2d(hidden, sum(outputs), 3, padding=1))
+        self.head = zero(nn.Conv2d(hidden, sum(outputs), 3, padding=1))
         self.outputs = tuple(outputs)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -90,7 +97,7 @@ class ResNetConditioner(nn.Module):
         self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
         self.context = nn.Linear(context, hidden, bias=False) if context else None
         self.blocks = nn.ModuleList(_ResidualBlock(hidden) for _ in range(blocks))
-        self.head = _zeros(nn.Conv2d(hidden, sum(outputs), 3, padding=1))
+        self.head = zero(nn.Conv2d(hidden, sum(outputs), 3, padding=1))
         self.outputs = tuple(outputs)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -117,10 +124,3 @@ class _ResidualBlock(nn.Module):
 def _as_pixels(x: Tensor) -> Tensor:
     """Saturated, and with the channels of a pixel side by side: the layout in which convolutions are fastest."""
     return x.clamp(-LIMIT, LIMIT).contiguous(memory_format=torch.channels_last)
-
-
-def _zeros(layer: nn.Conv2d) -> nn.Conv2d:
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer

@@ -3,6 +3,7 @@
 from fastgen.ops._dispatch import explain, info, use_backend, use_math
 from fastgen.ops._spec import OpSpec, all_specs, get_spec
 from fastgen.ops.affine_coupling import Coupled, affine_coupling
+from fastgen.ops.affine_coupling_rebuild import RebuiltCoupling, affine_coupling_rebuild
 from fastgen.ops.bias_act import bias_act
 from fastgen.ops.denoise import Denoised, denoise
 from fastgen.ops.diffuse import Diffused, diffuse
@@ -10,11 +11,13 @@ from fastgen.ops.diffusion_loss import diffusion_loss
 from fastgen.ops.dynamic_threshold import dynamic_threshold
 from fastgen.ops.group_norm_silu import group_norm_silu
 from fastgen.ops.lu_linear import lu_linear
+from fastgen.ops.lu_linear_rebuild import RebuiltLinear, lu_linear_rebuild
 from fastgen.ops.moments import Moments, merge_moments, moments
 from fastgen.ops.nearest_code import CodeStatistics, NearestCode, nearest_code
 from fastgen.ops.normal import normal
 from fastgen.ops.reparameterize import Reparameterized, reparameterize
 from fastgen.ops.rq_spline import Splined, rq_spline
+from fastgen.ops.rq_spline_rebuild import RebuiltSpline, rq_spline_rebuild
 from fastgen.ops.sqrtm import sqrtm
 from fastgen.ops.trace_sqrt_product import (
     CovarianceFactor,
@@ -38,10 +41,14 @@ __all__ = [
     "NearestCode",
     "OpSpec",
     "Polar",
+    "RebuiltCoupling",
+    "RebuiltLinear",
+    "RebuiltSpline",
     "Reparameterized",
     "Splined",
     "WinogradWeight",
     "affine_coupling",
+    "affine_coupling_rebuild",
     "all_specs",
     "bias_act",
     "covariance_factor",
@@ -56,6 +63,7 @@ __all__ = [
     "group_norm_silu",
     "info",
     "lu_linear",
+    "lu_linear_rebuild",
     "merge_moments",
     "moments",
     "nearest_code",
@@ -63,6 +71,7 @@ __all__ = [
     "polar",
     "reparameterize",
     "rq_spline",
+    "rq_spline_rebuild",
     "setup_filter",
     "sqrtm",
     "trace_sqrt_product",

@@ -33,7 +33,7 @@ from fastgen.ops._spec import OpSpec
 
 __all__ = ["Coupled", "affine_coupling", "affine_coupling_reference"]
 
-_BOUNDS: dict[str | None, int] = {None: 0, "tanh": 1, "sigmoid": 2}
+BOUNDS: dict[str | None, int] = {None: 0, "tanh": 1, "sigmoid": 2}
 """Values of ``bound`` and their codes in the kernels."""
 
 
@@ -46,17 +46,17 @@ class Coupled(NamedTuple):
     """log |det dy/dx| per sample in nats: [N], float32 or wider."""
 
 
-def _bound_code(bound: str | None) -> int:
-    if bound not in _BOUNDS:
+def bound_code(bound: str | None) -> int:
+    if bound not in BOUNDS:
         raise ValueError(f"bound must be None, 'tanh' or 'sigmoid', got {bound!r}")
-    return _BOUNDS[bound]
+    return BOUNDS[bound]
 
 
 def affine_coupling_reference(
     x: Tensor, shift: Tensor, log_scale: Tensor, *, bound: str | None = None, inverse: bool = False
 ) -> Coupled:
     """:func:`affine_coupling` in plain PyTorch."""
-    _bound_code(bound)
+    bound_code(bound)
     x, shift, log_scale = _checks.common(x=x, shift=shift, log_scale=log_scale)
     wide = torch.promote_types(x.dtype, torch.float32)
     s = log_scale.to(wide)
@@ -189,7 +189,7 @@ def affine_coupling(
     >>> y.shape, log_det.shape
     (torch.Size([8, 16]), torch.Size([8]))
     """
-    code = _bound_code(bound)
+    code = bound_code(bound)
     x, shift, log_scale = _checks.common(x=x, shift=shift, log_scale=log_scale)
     chosen = _dispatch.choose(SPEC, backend, x)
     if chosen == "reference":

@@ -34,7 +34,7 @@ from fastgen.ops.affine_coupling import Coupled
 __all__ = ["lu_linear", "lu_linear_reference"]
 
 
-def _prepared(
+def prepared(
     x: Tensor, lower: Tensor, upper: Tensor, log_diagonal: Tensor, sign: Tensor, permutation: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The factors in float32 (float64 for float64), checked against the channels of ``x``."""
@@ -63,7 +63,7 @@ def _prepared(
     return lower, upper, log_diagonal, sign
 
 
-def _check_permutation(permutation: Tensor) -> None:
+def check_permutation(permutation: Tensor) -> None:
     """At run time and on the CPU alone: elsewhere it would wait for the device, and indexing there checks by itself."""
     if sorted(permutation.tolist()) != list(range(len(permutation))):
         raise ValueError(f"permutation must hold each of 0 ... {len(permutation) - 1} once, got {permutation.tolist()}")
@@ -80,9 +80,9 @@ def lu_linear_reference(
     inverse: bool = False,
 ) -> Coupled:
     """:func:`lu_linear` in plain PyTorch."""
-    lower, upper, log_diagonal, sign = _prepared(x, lower, upper, log_diagonal, sign, permutation)
+    lower, upper, log_diagonal, sign = prepared(x, lower, upper, log_diagonal, sign, permutation)
     if x.is_cpu and not torch.compiler.is_compiling():
-        _check_permutation(permutation)
+        check_permutation(permutation)
     channels, pixels = x.shape[1], math.prod(x.shape[2:])
     left = torch.tril(lower, -1) + torch.eye(channels, dtype=lower.dtype, device=x.device)
     right = torch.triu(upper, 1) + torch.diag(sign * torch.exp(log_diagonal))
@@ -110,7 +110,7 @@ def _forward(
     y, log_det = torch.empty_like(x), _checks.per_sample(x)
     samples, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     if backend == "cpp":
-        _check_permutation(permutation)
+        check_permutation(permutation)
         _native.kernel("lu_linear_fwd")(
             _native.DTYPES[x.dtype], samples, channels, pixels, x, lower, upper, log_diagonal, sign, permutation, y, log_det,
             inverse, torch.get_num_threads(),
@@ -229,7 +229,7 @@ def lu_linear(
     >>> y.shape, log_det.shape
     (torch.Size([8, 3, 4, 4]), torch.Size([8]))
     """
-    factors = _prepared(x, lower, upper, log_diagonal, sign, permutation)
+    factors = prepared(x, lower, upper, log_diagonal, sign, permutation)
     chosen = _dispatch.choose(SPEC, backend, x)
     if chosen == "reference":
         return lu_linear_reference(x, *factors, permutation, inverse=inverse)

@@ -111,7 +111,7 @@ def rq_spline_reference(
     convention: str = "nflows",
 ) -> Splined:
     """:func:`rq_spline` in plain PyTorch."""
-    x, widths, heights, derivatives = _prepare(x, widths, heights, derivatives, bound, convention)
+    x, widths, heights, derivatives = prepare(x, widths, heights, derivatives, bound, convention)
     wide = torch.promote_types(x.dtype, torch.float32)
     given, widths, heights, derivatives = (t.to(wide) for t in (x, widths, heights, derivatives))
     knots_x, widths = _knots(widths, bound, convention)
@@ -134,7 +134,7 @@ def rq_spline_reference(
     return Splined(y.to(x.dtype), log_det.reshape(len(x), math.prod(x.shape[1:])).sum(1))
 
 
-def _prepare(
+def prepare(
     x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float, convention: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tensors in one dtype, the parameters expanded to the shape of x; everything checked."""
@@ -163,7 +163,7 @@ def _alike(values: tuple[Tensor, Tensor, Tensor, Tensor]) -> bool:
 
 
 def _unify(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The general case of :func:`_prepare`: promotion, and parameters that are broadcast."""
+    """The general case of :func:`prepare`: promotion, and parameters that are broadcast."""
     parameters = {"widths": widths, "heights": heights, "derivatives": derivatives}
     leading = {name: v[..., :0].sum(-1) if isinstance(v, Tensor) and v.dim() else v for name, v in parameters.items()}
     dtype = _checks.common(x=x, **leading)[0].dtype
@@ -314,7 +314,7 @@ def rq_spline(
     >>> y.shape, log_det.shape
     (torch.Size([8, 2]), torch.Size([8]))
     """
-    x, widths, heights, derivatives = _prepare(x, widths, heights, derivatives, bound, convention)
+    x, widths, heights, derivatives = prepare(x, widths, heights, derivatives, bound, convention)
     chosen = _dispatch.choose(SPEC, backend, x)
     if chosen == "reference":
         return rq_spline_reference(x, widths, heights, derivatives, bound=bound, inverse=inverse, convention=convention)

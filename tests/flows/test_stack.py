@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+import fastgen
 from fastgen import random
 from fastgen.flows.coupling import AffineCoupling
 from fastgen.flows.stack import Stack
@@ -90,6 +91,38 @@ def test_what_is_kept_does_not_grow_with_depth():
     # one number per sample and layer
     assert kept["invertible"][1] - kept["invertible"][0] <= 28 * len(x) * 4
     assert kept["invertible"][1] < kept["standard"][0] / 8
+
+
+@pytest.mark.parametrize("stored", [0.0, 0.4, 1.0])
+def test_a_share_of_the_layers_may_be_stored(stored):
+    x = torch.randn(64, 5)
+    plain = make("nsf", layers=10, hidden=(32, 32))
+    model = make("nsf", layers=10, hidden=(32, 32), memory="invertible", stored=stored)
+    (loss, expected), (loss_rebuilt, got) = gradients(plain, x, None), gradients(model, x, None)
+    torch.testing.assert_close(loss_rebuilt, loss)
+    assert_close(got, expected, PRECISION[torch.float32])
+    assert set(model.transform.reconstruction_errors) == set(range(10 - round(10 * stored)))
+    share = saved_bytes(model, x) / saved_bytes(plain, x)
+    assert share == pytest.approx(stored, abs=0.08)
+
+
+def test_a_share_is_between_none_and_all():
+    with pytest.raises(ValueError, match=r"stored must be in 0 \.\. 1, got 1\.5"):
+        make("nsf", stored=1.5)
+    with pytest.raises(ValueError, match=r"stored must be in 0 \.\. 1, got -1"):
+        Stack([], stored=-1)
+
+
+def test_a_deep_flow_of_the_default_start_keeps_no_inputs():
+    """Layers start near the identity, so that 64 of them can be rebuilt."""
+    torch.manual_seed(0)
+    model = fastgen.create("realnvp", features=8, layers=64, hidden=(16,), memory="invertible")
+    for name, parameter in model.named_parameters():
+        if "heads" in name:
+            parameter.data.normal_(std=0.02)
+    model.loss(torch.randn(32, 8)).loss.backward()
+    assert not model.transform.kept
+    assert len(model.transform.reconstruction_errors) == 64
 
 
 def chain(kind, singular, **options):
