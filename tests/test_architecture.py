@@ -103,9 +103,12 @@ def test_modules_declare_what_is_public(name):
 def test_one_stem_everywhere(spec):
     for file in (f"fastgen/ops/{spec.name}.py", f"tests/ops/test_{spec.name}.py"):
         assert (ROOT / file).exists(), file
-    for file, used in ((f"kernels/{spec.name}.py", "triton_module("), (f"csrc/ops/{spec.name}.h", "_native.kernel(")):
-        uses = used in (ROOT / f"fastgen/ops/{spec.name}.py").read_text()
-        assert (ROOT / file).exists() == uses, f"{file} and fastgen/ops/{spec.name}.py disagree"
+    text = (ROOT / f"fastgen/ops/{spec.name}.py").read_text()
+    for file, used in (
+        (f"kernels/{spec.name}.py", r"triton_module\("),
+        (f"csrc/ops/{spec.name}.h", r"_native\.(kernel|Launch)\("),
+    ):
+        assert (ROOT / file).exists() == bool(re.search(used, text)), f"{file} and fastgen/ops/{spec.name}.py disagree"
 
 
 def test_readme_lists_every_model():
@@ -121,14 +124,14 @@ def test_readme_lists_every_op():
 
 def test_environment_variables_are_documented():
     used = set()
-    for path in [*MODULES.values(), ROOT / "tests/conftest.py", ROOT / "tests/ops/test_contract.py"]:
+    for path in [*MODULES.values(), ROOT / "tests/conftest.py", ROOT / "tests/emulation.py"]:
         used |= set(re.findall(r"FASTGEN_[A-Z_]+", path.read_text()))
     documented = set(re.findall(r"`(FASTGEN_[A-Z_]+)`", (ROOT / "CONTRIBUTING.md").read_text()))
     assert used <= documented, f"not in CONTRIBUTING.md: {sorted(used - documented)}"
 
 
 def test_files_that_the_documents_name_exist():
-    for document in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/accuracy.md"):
         text = (ROOT / document).read_text()
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (ROOT / document).parent.joinpath(target).exists(), f"{document} points to {target}"
