@@ -125,7 +125,7 @@ def test_readme_lists_every_op():
 def test_environment_variables_are_documented():
     used = set()
     for path in [*MODULES.values(), ROOT / "tests/conftest.py", ROOT / "tests/emulation.py"]:
-        used |= set(re.findall(r"FASTGEN_[A-Z_]+", path.read_text()))
+        used |= set(re.findall(r"(?<!-D)FASTGEN_[A-Z_]+", path.read_text()))  # macros are none
     documented = set(re.findall(r"`(FASTGEN_[A-Z_]+)`", (ROOT / "CONTRIBUTING.md").read_text()))
     assert used <= documented, f"not in CONTRIBUTING.md: {sorted(used - documented)}"
 
