@@ -11,14 +11,15 @@ FASTGEN_BEGIN
     for (int64_t i = 0; i < n; i += LANES) store(y + i, function(load<vf>(x + i))); \
   }
 
-INLINE vf sigmoid_factor_rest(vf x) {
-  vf rest;
-  (void)sigmoid_factor(x, rest);
-  return rest;
+INLINE vf sigmoid_factors(vf x) {
+  vf out, rest;
+  sigmoid_factors<1>(&x, &out, &rest);
+  return out;
 }
-INLINE vf sigmoid_factor(vf x) {
-  vf rest;
-  return sigmoid_factor(x, rest);
+INLINE vf sigmoid_factors_rest(vf x) {
+  vf out, rest;
+  sigmoid_factors<1>(&x, &out, &rest);
+  return rest;
 }
 
 OVER_ARRAYS(exp)
@@ -28,16 +29,15 @@ OVER_ARRAYS(log)
 OVER_ARRAYS(log1p)
 OVER_ARRAYS(tanh)
 OVER_ARRAYS(sigmoid)
-OVER_ARRAYS(sigmoid_factor)
-OVER_ARRAYS(sigmoid_factor_rest)
+OVER_ARRAYS(sigmoid_factors)
+OVER_ARRAYS(sigmoid_factors_rest)
 OVER_ARRAYS(softplus)
 OVER_ARRAYS(log_sigmoid)
 OVER_ARRAYS(reciprocal)
 OVER_ARRAYS(sqrt)
-OVER_ARRAYS(sqrt_fast)
 
 FASTGEN_KERNELS(elementary, KERNEL(exp_all), KERNEL(exp_bounded_all), KERNEL(expm1_all), KERNEL(log_all), KERNEL(log1p_all),
-                KERNEL(tanh_all), KERNEL(sigmoid_all), KERNEL(sigmoid_factor_all), KERNEL(sigmoid_factor_rest_all),
-                KERNEL(softplus_all), KERNEL(log_sigmoid_all), KERNEL(reciprocal_all), KERNEL(sqrt_all), KERNEL(sqrt_fast_all))
+                KERNEL(tanh_all), KERNEL(sigmoid_all), KERNEL(sigmoid_factors_all), KERNEL(sigmoid_factors_rest_all),
+                KERNEL(softplus_all), KERNEL(log_sigmoid_all), KERNEL(reciprocal_all), KERNEL(sqrt_all))
 
 FASTGEN_END
