@@ -327,7 +327,8 @@ class DPMSolver(Sampler):
     """DPM-Solver++ on the data, multistep: 2M and 3M, or with ``stochastic`` 2M-SDE and 3M-SDE.
 
     Args:
-        order: 1 to 3; the first steps, and a last step to the data, are of as much as there are estimates for.
+        order: 1 to 3; the first steps, and a last step to the data, are of as much as there are estimates for. Order 3 is
+            exact for a parabola; the published code, k-diffusion and diffusers weigh its curvature by half.
         stochastic: solve the SDE instead of the probability flow.
         solver: how steps of the second order are integrated, "midpoint" or "heun".
     """
@@ -356,10 +357,10 @@ class DPMSolver(Sampler):
         if self.stochastic:
             keep = keep * torch.exp(-h)
         noise = grid.next_sigma * share.sqrt() if self.stochastic else torch.zeros_like(h)
-        # integrals of 1, of the step's part and of its square over two: what the derivatives of the estimate weigh
+        # integrals over the step of 1, of the share of it that is done, and of its square
         value = grid.next_alpha * share
         slope = grid.next_alpha * (1 - share / width)
-        curvature = grid.next_alpha * (0.5 - (1 - share / width) / width)
+        curvature = grid.next_alpha - 2 * slope / width
         rows = torch.zeros(len(h), 3 + self.order - 1, dtype=torch.float64)
         rows[:, 0], rows[:, 1], rows[:, 2] = keep, value, noise
         for step, order in enumerate(orders):
@@ -377,8 +378,8 @@ class DPMSolver(Sampler):
 
 
 def differences(here: Tensor, h: Tensor, step: int, order: int) -> tuple[Tensor, Tensor]:
-    """The derivatives of the estimate by the share of a step that is done, from its last values: weights of these, newest
-    first, for the first and, at order 3, the second."""
+    """The line or, at order 3, the parabola through the last estimates, in the share of a step that is done: weights of these,
+    newest first, in its linear and its quadratic coefficient."""
     recent = (here[step] - here[step - 1]) / h[step]
     newest = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)[:order] / recent
     if order == 2 or not bool(torch.isfinite(here[step - 2])):

@@ -112,24 +112,28 @@ def upstream_grid(
     return Grid.through(schedule, *(torch.cat(pair) for pair in zip((time, alpha, sigma), last_point, strict=True)))
 
 
-def upstream_third_order(grid: Grid, steps: Iterable[int]) -> Tensor:
-    """What upstream's third order of the SDE solver has too much in the rows of these steps: the second derivative of the
-    estimate with the weight -alpha, as it has -1/2 in place of +1/2."""
+def upstream_third_order(grid: Grid, steps: Iterable[int], *, stochastic: bool) -> Tensor:
+    """What upstream's third order differs by in the rows of these steps: it weighs the curvature of the estimate by half of its
+    integral, and less by alpha where it solves the SDE (-1/2 in place of +1/2)."""
     here, rows = half_log_snr(grid.alpha, grid.sigma), torch.zeros(len(grid.time), 5, dtype=torch.float64)
     h = half_log_snr(grid.next_alpha, grid.next_sigma) - here
+    width = 2 * h if stochastic else h
     for step in steps:
         if bool(torch.isfinite(h[step])):
             _, second = differences(here, h, step, 3)
-            rows[step, [1, 3, 4]] = -grid.next_alpha[step] * second
+            w = width[step]
+            half = 0.5 - (1 + torch.expm1(-w) / w) / w
+            rows[step, [1, 3, 4]] = -grid.next_alpha[step] * (half + stochastic) * second
     return rows
 
 
 def upstream_plan(sampler: Sampler, grid: Grid) -> Plan:
     """The sampler's plan as upstream's: its DDPM adds noise in a last step from t > 0 to the data, with the large variance all
-    of it, with a learned one between that and 1e-20; its third order of the SDE has a sign wrong."""
+    of it, with a learned one between that and 1e-20; its solver of third order is as :func:`upstream_third_order` says."""
     plan = sampler.plan(grid)
-    if isinstance(sampler, DPMSolver) and sampler.stochastic and sampler.order == 3:
-        plan = plan._replace(rows=plan.rows + upstream_third_order(grid, range(2, len(grid.time))))
+    if isinstance(sampler, DPMSolver) and sampler.order == 3:
+        more = upstream_third_order(grid, range(2, len(grid.time)), stochastic=sampler.stochastic)
+        plan = plan._replace(rows=plan.rows + more)
     if isinstance(sampler, DDPM) and sampler.variance != "small" and float(grid.time[-1]) > 0:
         large, rows = 1 - grid.alpha[-1].square(), plan.rows.clone()
         rows[-1, 2] = large.sqrt()

@@ -93,7 +93,8 @@ def test_order_of_convergence_to_the_probability_flow(sampler, order, name):
 
     exact = power(variance(last), 0.5) @ power(variance(first), -0.5)
     errors = []
-    for steps in (40, 80):
+    # of the third order it takes more steps until the first ones lead the error, which is a tenth of the second order's
+    for steps in (160, 320) if sampler == DPMSolver(3) else (40, 80):
         _, of_start, _ = linear_map(schedule, sampler.plan(between(schedule, steps, first, last)), target)
         errors.append(float((of_start - exact).abs().max()))
     slope = math.log2(errors[0] / errors[1])

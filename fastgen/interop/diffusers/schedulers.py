@@ -572,8 +572,8 @@ class _Solver(ChainScheduler):
 
 
 class DPMSolverMultistepScheduler(_Solver):
-    """DPM-Solver++ and its stochastic form, of order 1 to 3 (with upstream's wrong sign in the third of the stochastic one;
-    :class:`fastgen.diffusion.samplers.DPMSolver` has it right)."""
+    """DPM-Solver++ and its stochastic form, of order 1 to 3; the third as upstream has it, which is not quite of that order
+    (:class:`fastgen.diffusion.samplers.DPMSolver` is)."""
 
     narrow = True
     noise_dtype = torch.float32
@@ -639,9 +639,9 @@ class DPMSolverMultistepScheduler(_Solver):
         if short and count > 1:
             orders[-2] = min(orders[-2], 2)
         plan = sampler.plan_of_orders(grid, orders)
-        if sampler.stochastic and sampler.order == 3:
+        if sampler.order == 3:
             third = [step for step, order in enumerate(orders) if order == 3]
-            plan = plan._replace(rows=plan.rows + upstream_third_order(grid, third))
+            plan = plan._replace(rows=plan.rows + upstream_third_order(grid, third, stochastic=sampler.stochastic))
         return plan
 
     def _draws(self, index: int) -> bool:
