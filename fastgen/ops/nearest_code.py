@@ -10,6 +10,7 @@ Gradients flow through ``distance`` to ``z`` and ``codebook``, the choice itself
 The index is exact: that of the smallest distance in float64, the lowest where several are equal, whatever the backend or
 instruction set. Scores z.c - |c|^2 / 2 in float32, both centred at the mean code so that a common offset cancels nothing, say
 which codes can be nearest at all, by a bound on their rounding; where that leaves more than one, those are measured in float64.
+CPUs with AVX-512 VNNI take scores of 8 bits first, under the same kind of bound: fewer codes are ruled out, four times as fast.
 ``distance`` is the float64 value, rounded once. Sums over vectors are taken in float64 and in order: nothing depends on the
 number of threads.
 

@@ -239,3 +239,40 @@ def test_errors():
         ops.nearest_code([[0.0]], codebook)
     with pytest.raises(ValueError, match=r"codebook is on meta, expected cpu like z"):
         ops.nearest_code(z, codebook.to("meta"))
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [32, 37, 64, 130, 256])
+@pytest.mark.parametrize("kind", ["gaussian", "near one code", "offset", "repeated codes", "one large element", "equal rows"])
+def test_codes_that_bytes_may_not_tell_apart(width, kind):
+    """Sizes at which scores may be taken of 8 bits first: the index is exact whatever the bytes lose."""
+    z, codebook = torch.randn(150, width), torch.randn(330, width)
+    if kind == "near one code":
+        z = codebook[torch.randint(330, (150,))] + 0.1 * z
+    elif kind == "offset":
+        z, codebook = 1e-3 * z + 50, 1e-3 * codebook + 50
+    elif kind == "repeated codes":
+        codebook = codebook[torch.randint(5, (330,))].contiguous()
+    elif kind == "one large element":  # leaves the others few steps
+        z[:, 3], codebook[:, 5] = 1e4, 1e4 * torch.randn(330)
+    elif kind == "equal rows":
+        z, codebook = torch.zeros_like(z), codebook / codebook.norm(dim=1, keepdim=True)
+    for zs, codes in ((z, codebook), (z.bfloat16(), codebook.bfloat16())):
+        index, distance = ops.nearest_code(zs, codes, backend="cpp")
+        expected, least = brute_force(zs, codes)
+        assert torch.equal(index, expected)
+        torch.testing.assert_close(distance.double(), least, rtol=2e-7, atol=0)
+
+
+@needs_kernels
+def test_rows_that_are_not_finite_leave_their_neighbours_alone():
+    z, codebook = torch.randn(200, 64), torch.randn(128, 64)
+    z[60, 3], z[61, 0], z[140, 5], codebook[9, 9] = math.nan, math.inf, 1e4, math.nan
+    index, distance = ops.nearest_code(z, codebook, backend="cpp")
+    live = [k for k in range(128) if k != 9]
+    good = [i for i in range(200) if i not in (60, 61)]
+    expected, least = brute_force(z[good], codebook[live])
+    assert torch.equal(index[good], torch.tensor(live)[expected])
+    torch.testing.assert_close(distance[good].double(), least, rtol=2e-7, atol=0)
+    assert not index[[60, 61]].any()
+    assert not distance[[60, 61]].isfinite().any()
