@@ -2,7 +2,8 @@
 
 With y = x * exp(s) + shift and log_det = sum(s), where s is ``log_scale`` as its bound has it,
 
-    x = (y - shift) * exp(-s),    dx = dy * exp(s),    dshift = dy,    dlog_scale = (dy * (y - shift) + dlog_det) * ds/dlog_scale
+    x = (y - shift) * exp(-s),    dx = dy * exp(s),    dshift = dy
+    dlog_scale = (dy * (y - shift) + dlog_det) * ds/dlog_scale
 
 so that x need not have been kept. dy * (y - shift) is dx * x without its two roundings, and the exponential of neither
 direction enters it.

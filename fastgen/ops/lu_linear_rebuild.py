@@ -116,8 +116,8 @@ def lu_linear_rebuild(
         backend: None, "reference", "cpp" or "triton".
 
     Returns:
-        ``(x, grad_x, grad_lower, grad_upper, grad_log_diagonal)``: shape and dtype of ``y``, and those of the factors in float32
-        (float64 for float64); constants for autograd.
+        ``(x, grad_x, grad_lower, grad_upper, grad_log_diagonal)``: shape and dtype of ``y``, and those of the factors in
+        float32 (float64 for float64); constants for autograd.
 
     Raises:
         TypeError, ValueError: as :func:`fastgen.ops.lu_linear`.

@@ -48,7 +48,11 @@ def rq_spline_rebuild_reference(
     y, *parameters = prepare(y, widths, heights, derivatives, bound, convention)
     y, grad_y = _checks.common(y=y, grad_y=grad_y)
     transform = functools.partial(rq_spline_reference, bound=bound, convention=convention)
-    return RebuiltSpline(*rebuilt(transform, y, parameters, (grad_y, gradient_of_log_det(grad_log_det, y))))
+    x, *grads = rebuilt(transform, y, parameters, (grad_y, gradient_of_log_det(grad_log_det, y)))
+    # a derivative that the element's bin does not have goes unread: 0 times its NaN is none of the result
+    unread = parameters[2].isnan() & ~x.isnan()[..., None]
+    grads[3] = torch.where(unread, 0.0, grads[3])
+    return RebuiltSpline(x, *grads)
 
 
 def _run(
