@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fastgen import random
-from fastgen.ops import OpSpec, all_specs, diffuse, diffusion_loss, nearest_code
+from fastgen.ops import OpSpec, WinogradWeight, all_specs, diffuse, diffusion_loss, get_spec, nearest_code, winograd_conv2d
 from fastgen.ops.diffuse import diffuse_reference
 from fastgen.ops.diffusion_loss import diffusion_loss_reference
 from fastgen.ops.nearest_code import CodeStatistics, nearest_code_reference
+from fastgen.ops.winograd_conv2d import winograd_conv2d_reference, winograd_weight
 
 __all__ = [
     "Composite",
@@ -27,6 +28,8 @@ __all__ = [
     "diffusion_objective",
     "diffusion_objective_reference",
     "measured",
+    "ready_conv2d",
+    "ready_conv2d_reference",
 ]
 
 _composites: dict[str, OpSpec] = {}
@@ -179,4 +182,46 @@ Composite(
     bytes_moved=_codebook_bytes,
     operations=lambda inputs, mode: 2 * inputs["z"].numel() * len(inputs["codebook"]),
     samplewise=False,
+)
+
+
+def ready_conv2d(x: Tensor, weight: Tensor, bias: Tensor, ready: WinogradWeight, *, backend: str | None = None) -> Tensor:
+    """A 3x3 convolution of a network that is evaluated many times: its weight was transformed beforehand.
+
+    Args:
+        x: [N, C, H, W], channels last.
+        weight: [O, C, 3, 3].
+        bias: [O].
+        ready: the transformed weight.
+    """
+    if backend == "reference":
+        return ready_conv2d_reference(x, weight, bias)
+    return winograd_conv2d(x, ready, bias)
+
+
+def ready_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """:func:`ready_conv2d` in plain PyTorch."""
+    return winograd_conv2d_reference(x, weight, bias)
+
+
+def _ready_conv2d_inputs(rows: int, event: tuple[int, ...], **options: Any) -> dict[str, Any]:
+    spec = get_spec("winograd_conv2d")
+    inputs = spec.example_inputs(rows, event, outputs=event[0], channels_last=True, **options)
+    weight = inputs["weight"]
+    return {"x": inputs["x"], "weight": weight, "bias": inputs["bias"], "ready": winograd_weight(weight)}
+
+
+Composite(
+    name="ready_conv2d",
+    function=ready_conv2d,
+    reference=ready_conv2d_reference,
+    outputs={"y": "iterative"},
+    gradients=(),
+    example_inputs=_ready_conv2d_inputs,
+    event_ranks=(3,),
+    backends=("cpp",),
+    shapes=((64, (32, 28, 28)), (8, (256, 16, 16)), (8, (128, 32, 32))),
+    bytes_moved=lambda inputs, mode: 2 * inputs["x"].nbytes + inputs["weight"].nbytes,
+    operations=lambda inputs, mode: 18 * inputs["x"].numel() * len(inputs["weight"]),
+    dtypes=(torch.float32,),
 )

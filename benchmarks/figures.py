@@ -42,6 +42,7 @@ _RANDN = ("torch.randn",)
 _GENERATORS = ("diffusers randn_tensor, one generator a sample",)
 _EAGER, _COMPILED = ("eager PyTorch",), ("torch.compile of it",)
 _REFERENCE = ("reference",)
+_ONEDNN = ("oneDNN, weight laid out beforehand",)
 _GROUP_NORM = ("group_norm_silu", 8, (256, 32, 32), _EAGER + _COMPILED)
 _LAST = (("channels_last", True),)
 _IMAGES = (3, 32, 32)
@@ -106,6 +107,9 @@ FIGURES = (
     Figure("upfirdn2d up 2, 4x64x64x64, forward + backward", "upfirdn2d", 4, (64, 64, 64), _REFERENCE, 8, 4, mode="fwdbwd"),
     Figure("upfirdn2d up 2, 4x64x64x64, channels last", "upfirdn2d", 4, (64, 64, 64), _REFERENCE, 8, 4, flags=_LAST),
     Figure("upfirdn2d up 2, 4x64x64x64", "upfirdn2d", 4, (64, 64, 64), ("depthwise conv_transpose2d",), 8, 4),
+    Figure("3x3 convolution 8x128x32x32", "ready_conv2d", 8, (128, 32, 32), _ONEDNN, 2),
+    Figure("3x3 convolution 8x256x16x16", "ready_conv2d", 8, (256, 16, 16), _ONEDNN, 2),
+    Figure("3x3 convolution 64x32x28x28", "ready_conv2d", 64, (32, 28, 28), _ONEDNN, 1.5),
     Figure("bias_act lrelu 4x64x64x64", "bias_act", 4, (64, 64, 64), _EAGER, 2.5),
     Figure("bias_act lrelu 4x64x64x64, forward + backward", "bias_act", 4, (64, 64, 64), _EAGER, 2.5, mode="fwdbwd"),
     Figure("bias_act lrelu 4x64x64x64", "bias_act", 4, (64, 64, 64), _COMPILED, 1.0),

@@ -356,6 +356,21 @@ def _group_norm(function: Callable[[], Callable[..., Any]]) -> Callable[[dict[st
     return lambda inputs, mode: bind(function(), inputs, mode, ("x", "weight", "bias", "scale", "shift"))
 
 
+def _onednn_conv2d(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
+    """What PyTorch's own compiler calls: the weight in oneDNN's layout, the bias inside."""
+    x, bias = inputs["x"], inputs["bias"]
+    last = inputs["weight"].contiguous(memory_format=torch.channels_last)
+    one = [1, 1]
+    weight = torch.ops.mkldnn._reorder_convolution_weight(last, one, one, one, 1, list(x.shape))
+    return lambda: torch.ops.mkldnn._convolution_pointwise(x, weight, bias, one, one, one, 1, "none", [], "")
+
+
+def _check_onednn_conv2d(inputs: dict[str, Any]) -> None:
+    expected = torch.nn.functional.conv2d(inputs["x"], inputs["weight"], inputs["bias"], padding=1)
+    if not torch.allclose(_onednn_conv2d(inputs, "fwd")(), expected, rtol=1e-4, atol=1e-5):
+        raise ParityError("not the convolution")
+
+
 PEERS: dict[str, list[Peer]] = {
     **diffusion_peers.PEERS,
     "affine_coupling": [
@@ -404,6 +419,7 @@ PEERS: dict[str, list[Peer]] = {
         ),
     ],
     "uniform": [Peer("torch.rand", _torch_rand, _check_rand)],
+    "ready_conv2d": [Peer("oneDNN, weight laid out beforehand", _onednn_conv2d, _check_onednn_conv2d, modes=("fwd",))],
     "upfirdn2d": [
         Peer(
             "depthwise conv_transpose2d",

@@ -187,12 +187,12 @@ def winograd_tile(x: Tensor, outputs: int, *, double: bool = False) -> Tile | No
         height, width = 2 * height, 2 * width
     filled = -(-outputs // _BLOCK) * _BLOCK / outputs
 
-    def cost(tile: int) -> float:
+    def cost(tile: Tile) -> float:
         tiles = n * -(-height // tile) * -(-width // tile)
         return (tile + 2) ** 2 * (tiles * (1.3 * filled + 11 / inputs + 11 / outputs) + 15)
 
-    costs = {None: 9.0 * (n * height * width + 15), 2: cost(2), 4: cost(4)}
-    return min(costs, key=lambda tile: costs[tile])  # type: ignore[return-value]
+    costs: dict[Tile | None, float] = {None: 9.0 * (n * height * width + 15), 2: cost(2), 4: cost(4)}
+    return min(costs, key=lambda tile: costs[tile])
 
 
 def winograd_weight(weight: Tensor, tile: Tile = 4) -> WinogradWeight:
@@ -248,7 +248,7 @@ def winograd_conv2d(
         packed, outputs, tile = weight.packed, weight.outputs, weight.tile  # type: ignore[assignment]
         return _convolve(_channels_last(x), packed, _flat(bias), _images(residual), outputs, tile, double)
     _checked_weight(weight, tile)
-    _checked(x, *weight.shape[:2], bias, residual, double)
+    _checked(x, weight.shape[0], weight.shape[1], bias, residual, double)
     if weight.dtype is not x.dtype or weight.device != x.device:
         raise TypeError(f"weight must be {x.dtype} on {x.device} like x, got {weight.dtype} on {weight.device}")
     if _dispatch.choose(SPEC, backend, x) == "reference":
