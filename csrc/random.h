@@ -17,8 +17,8 @@ struct Schedule {
   }
 };
 
-// The words of B blocks of LANES quartets, paired as Box-Muller takes them. What stands in which lane of a[0 .. 2B) and b[0 .. 2B)
-// is the business of `in_order`. The blocks go in step: one alone would wait for its own multiplications.
+// The words of B blocks of LANES quartets, paired as Box-Muller takes them. What stands in which lane of a[0 .. 2B) and
+// b[0 .. 2B) is the business of `in_order`. The blocks go in step: one alone would wait for its own multiplications.
 #if defined(__AVX2__)
 struct HalfCounters {  // every other counter of a vector, a word in each 64-bit lane
   vd c0, c1, c2, c3;
@@ -172,7 +172,8 @@ INLINE void draw_blocks(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, cons
 
 // The first one or two elements of the quartets of B blocks, in the order of the lanes.
 template <class Kind, class Math, int B>
-INLINE void draw_pairs(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, const Schedule& schedule, int64_t event, float* out) {
+INLINE void draw_pairs(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, const Schedule& schedule, int64_t event,
+                       float* out) {
   vu a[2 * B], b[2 * B], first[B], second[B];
   vf x[B], y[B];
   philox(c0, c1, c2, c3, schedule, a, b);
