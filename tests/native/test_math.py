@@ -138,7 +138,7 @@ def test_error_is_as_stated(name, remote):
 
 def test_every_function_is_swept():
     functions = set(re.findall(r"^INLINE vf (\w+)\(vf", SOURCES["math.h"], re.MULTILINE))
-    assert functions - PARTS == {name for name in EXACT if f"INLINE (?:vf|void) {name}(" in SOURCES["math.h"]}
+    assert functions - PARTS <= EXACT.keys()
 
 
 def main(step: int, isas: list[str]) -> None:
