@@ -109,30 +109,21 @@ INLINE vf sigmoid(vf x) {
   return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
 }
 
-// 2^f for |f| <= 1/2, highest power first, to the 1 at the end: relative errors of 1.1e-4 and 1e-7.
-template <int Degree>
-struct Exp2Coefficients;
-template <>
-struct Exp2Coefficients<3> {
-  static constexpr float c[] = {5.50089331e-2f, 0.242210969f, 0.693282902f, 1.0f};
-};
-template <>
-struct Exp2Coefficients<5> {
-  static constexpr float c[] = {1.32647273e-3f, 9.67151299e-3f, 5.55073358e-2f, 0.240222424f, 0.693147004f, 1.0f};
-};
+// 2^f for |f| <= 1/2, highest power first: a relative error of 1e-7.
+constexpr float EXP2_COEFFICIENTS[] = {1.32647273e-3f, 9.67151299e-3f, 5.55073358e-2f, 0.240222424f, 0.693147004f, 1.0f};
 
 // e^-x for |x| <= 80, beyond which it stops; NaN does not stay NaN. The error grows with |x| by 1.3e-8 of the result. V vectors
 // go side by side: a processor looks about a hundred operations ahead for some that need not wait for each other.
-template <int Degree, int V>
+template <int V>
 INLINE void exp_of_minus(const vf* x, vf* e) {
   const vf magic = splat(12582912.0f), rate = splat(-1.44269504f);  // 1.5 * 2^23: adding it rounds to an integer
-  constexpr auto& c = Exp2Coefficients<Degree>::c;
+  constexpr auto& c = EXP2_COEFFICIENTS;
   vf f[V], shifted[V], p[V];
   for (int k = 0; k < V; ++k) f[k] = within(x[k], 80.0f);
   for (int k = 0; k < V; ++k) shifted[k] = fma(f[k], rate, magic);
   for (int k = 0; k < V; ++k) f[k] = fma(f[k], rate, magic - shifted[k]);
   for (int k = 0; k < V; ++k) p[k] = fma(splat(c[0]), f[k], splat(c[1]));
-  for (int i = 2; i <= Degree; ++i)
+  for (int i = 2; i < 6; ++i)
     for (int k = 0; k < V; ++k) p[k] = fma(p[k], f[k], splat(c[i]));
   for (int k = 0; k < V; ++k) {
 #if defined(__AVX512F__)
@@ -149,18 +140,10 @@ INLINE void exp_of_minus(const vf* x, vf* e) {
 template <int V>
 INLINE void sigmoid_factors(const vf* x, vf* out, vf* rest) {
   vf e[V];
-  exp_of_minus<5, V>(x, e);
+  exp_of_minus<V>(x, e);
   for (int k = 0; k < V; ++k) out[k] = reciprocal(1.0f + e[k]);
   for (int k = 0; k < V; ++k) rest[k] = e[k] * out[k];
 }
-// The first of them to 2^-11, for results that are stored as bfloat16.
-template <int V>
-INLINE void sigmoid_factors_rough(const vf* x, vf* out) {
-  vf e[V];
-  exp_of_minus<3, V>(x, e);
-  for (int k = 0; k < V; ++k) out[k] = reciprocal_rough(1.0f + e[k]);
-}
-
 // log(1 + e^x). Error < 3 ulp.
 INLINE vf softplus(vf x) { return (x < 0.0f ? splat(0.0f) : x) + log1p(exp(-abs(x))); }
 

@@ -231,20 +231,6 @@ INLINE vf reciprocal(vf a) {  // of normal numbers: 1 / a to 1 ulp, without the 
 #endif
 }
 
-// 1 / a to 2^-11 or better, by the estimate of the machine; 0 for an infinite a.
-INLINE vf reciprocal_rough(vf a) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_maskz_rcp14_ps((__mmask16)-1, (__m512)a);
-#elif defined(__AVX2__)
-  return (vf)_mm256_rcp_ps((__m256)a);
-#elif defined(FASTGEN_NEON)
-  const float32x4_t guess = vrecpeq_f32((float32x4_t)a);
-  return (vf)vmulq_f32(guess, vrecpsq_f32((float32x4_t)a, guess));
-#else
-  return 1.0f / a;
-#endif
-}
-
 // x no further from 0 than `bound`; what becomes of NaN is unspecified.
 INLINE vf within(vf x, float bound) {
 #if defined(__AVX512F__)  // the smaller magnitude, with the sign of x

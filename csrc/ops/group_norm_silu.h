@@ -423,8 +423,7 @@ INLINE void group_norm_silu_fwd_as(const NormTiling& tiling, const Modulation& m
           v[k] = fma(v[k] - center.at(at), slope.at(at), level.at(at));
         }
         if constexpr (Silu) {
-          if constexpr (EVEN_ODD<T>) sigmoid_factors_rough<V>(v, sigma);
-          else sigmoid_factors<V>(v, sigma, rest);
+          sigmoid_factors<V>(v, sigma, rest);
           for (int k = 0; k < V; ++k) v[k] = v[k] * sigma[k];
         }
         span_store(y + row + i, span, v, stream);
