@@ -215,7 +215,7 @@ Composite(
     name="ready_conv2d",
     function=ready_conv2d,
     reference=ready_conv2d_reference,
-    outputs={"y": "iterative"},
+    outputs={"y": "filtering"},
     gradients=(),
     example_inputs=_ready_conv2d_inputs,
     event_ranks=(3,),

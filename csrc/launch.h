@@ -114,7 +114,7 @@ class Launch {
       const auto kind = static_cast<Word>(found - std::begin(WORDS));
       words_.push_back(kind);
       inputs_ += is_given(kind);
-      slots_ += kind == KEY ? 2 : 1;
+      slots_ += slots_of(kind);
     }
     if (slots_ != strlen(kernels_.at(0)->signature))
       throw std::invalid_argument(std::string("the plan does not fit the signature of ") + kernels_[0]->name);
@@ -144,9 +144,9 @@ class Launch {
   }
 
  private:
-  enum Word { DTYPE, ROWS, EVENT, THREADS, NONE, LIKE, WIDE, ROW, KEY, FLAG, NEW_LIKE, NEW_WIDE, NEW_ROW };
-  static constexpr const char* WORDS[] = {"dtype", "rows", "event", "threads", "null",  "like", "wide",
-                                          "row",   "key",  "flag",  ">like",   ">wide", ">row"};
+  enum Word { DTYPE, ROWS, EVENT, CHANNELS, THREADS, NONE, LIKE, WIDE, ROW, WEIGHTS, TABLE4, KEY, FLAG, NUMBER, NEW_LIKE, NEW_WIDE, NEW_ROW };
+  static constexpr const char* WORDS[] = {"dtype",   "rows",   "event", "channels", "threads", "null",  "like",  "wide", "row",
+                                          "weights", "table4", "key",   "flag",     "number",  ">like", ">wide", ">row"};
 
   enum Answer { LAUNCH, RECORD, LONG_WAY };
 
@@ -176,7 +176,8 @@ class Launch {
     return true;
   }
 
-  static bool is_given(Word word) { return LIKE <= word && word <= FLAG; }
+  static bool is_given(Word word) { return LIKE <= word && word <= NUMBER; }
+  static size_t slots_of(Word word) { return word == WEIGHTS || word == TABLE4 || word == KEY ? 2 : 1; }
 
   // Whether a tensor is what the word says.
   static bool fits(Word word, const dlpack::Tensor& t, const Like& like) {
@@ -186,7 +187,10 @@ class Launch {
       return t.dtype.code == dlpack::INT && t.dtype.bits == 64 && (one || many);
     }
     if (storage_code(t) != (word == LIKE ? like.code : 0)) return false;
-    if (word == ROW) return t.ndim == 1 && t.shape[0] == like.rows;
+    if (word == TABLE4)
+      return (t.ndim == 1 && t.shape[0] == 4) || (t.ndim == 2 && t.shape[0] == like.rows && t.shape[1] == 4);
+    if (word == WEIGHTS && t.ndim == 0) return true;
+    if (word == ROW || word == WEIGHTS) return t.ndim == 1 && t.shape[0] == like.rows;
     return t.ndim == first.ndim && std::equal(t.shape, t.shape + t.ndim, first.shape);
   }
 
@@ -223,7 +227,10 @@ class Launch {
     for (const Word word : words_) {
       PyObject* given = is_given(word) ? *arg++ : nullptr;
       if (word == FLAG) slot->integer = PyObject_IsTrue(given);
-      else if (given) {
+      else if (word == NUMBER) {
+        slot->real = PyFloat_AsDouble(given);
+        if (slot->real == -1.0 && PyErr_Occurred()) return LONG_WAY;
+      } else if (given) {
         dlpack::Tensor t{};
         if (given != Py_None) {
           if (!read(given, t) || !fits(word, t, like)) return LONG_WAY;
@@ -231,6 +238,8 @@ class Launch {
         }
         slot->pointer = address(t);
         if (word == KEY) (++slot)->integer = t.ndim == 2 ? like.rows : t.ndim;
+        if (word == WEIGHTS) (++slot)->integer = t.ndim;
+        if (word == TABLE4) (++slot)->integer = t.ndim == 2 ? 4 : 0;
       }
       ++slot;
     }
@@ -242,8 +251,8 @@ class Launch {
         case ROWS: slot->integer = like.rows; break;
         case EVENT: slot->integer = like.event; break;
         case THREADS: slot->integer = integer(torch.num_threads); break;
+        case CHANNELS: slot->integer = 0; break;  // dense in logical order
         case NONE: slot->pointer = nullptr; break;
-        case KEY: ++slot; break;
         case NEW_LIKE:
         case NEW_WIDE:
         case NEW_ROW: {
@@ -255,7 +264,7 @@ class Launch {
         }
         default: break;
       }
-      ++slot;
+      slot += slots_of(word);
     }
     return LAUNCH;
   }

@@ -119,10 +119,13 @@ class Launch:
     word                    argument of the kernel
     ======================  =============================================================================================
     dtype, rows, event      storage code of the first tensor, its samples, the elements of one
+    channels                0, or the channels of the first tensor where it lies in memory channels last
     threads, null           PyTorch's number of threads; a null pointer
     like, wide, row         a tensor given by the caller: as the first; its shape in float32; [samples] in float32
-    key                     a key given by the caller, [4] or [samples, 4], and its number of rows: two arguments
-    flag                    a bool given by the caller
+    weights                 [samples] or [] in float32, and its number of dimensions: two arguments
+    table4                  coefficients in float32, [4] or [samples, 4], and the distance of two rows, 0 or 4: two arguments
+    key                     a key, [4] or [samples, 4], and its number of rows: two arguments
+    flag, number            a bool, a float given by the caller
     >like, >wide, >row      the same, allocated here and returned
     ======================  =============================================================================================
 
@@ -155,6 +158,7 @@ class Launch:
         rows = first.shape[0]
         fixed = {"dtype": DTYPES[first.dtype], "rows": rows, "threads": torch.get_num_threads(), "null": None}
         fixed["event"] = first.numel() // rows if rows else math.prod(first.shape[1:])
+        fixed["channels"] = first.shape[1] if not first.is_contiguous() else 0
         for word in self.words:
             if word in fixed:
                 flat.append(fixed[word])
@@ -164,6 +168,12 @@ class Launch:
                 flat.append(outputs[-1])
             else:
                 value = next(given)
-                flat += [value, 0 if value is None else value.numel() // 4] if word == "key" else [value]
+                flat.append(value)
+                if word == "key":
+                    flat.append(0 if value is None else value.numel() // 4)
+                elif word == "weights":
+                    flat.append(0 if value is None else value.dim())
+                elif word == "table4":
+                    flat.append(0 if value.dim() == 1 else 4)
         kernel(self.name)(*flat)
         return tuple(outputs)

@@ -21,6 +21,7 @@ for fast sampling of diffusion models", appendix D; Lipman et al. (2023), "Flow 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -56,21 +57,21 @@ def diffuse_reference(
     return Diffused((a * x + b * eps).to(x0.dtype), (c * x + d * eps).to(x0.dtype) if target else None)
 
 
+_forward_cpp = _native.Launch("diffuse_fwd", "dtype rows event channels like table4 key wide >like >like flag threads")
+_forward_cpp_alone = _native.Launch("diffuse_fwd", "dtype rows event channels like table4 key wide >like null flag threads")
+
+
 def _forward(
-    x0: Tensor, coefficients: Tensor, key: Tensor | None, noise: Tensor | None, target: bool, fast: bool, backend: str
-) -> tuple[Tensor, Tensor | None]:
+    target: bool, x0: Tensor, coefficients: Tensor, key: Tensor | None, noise: Tensor | None, fast: bool, backend: str
+) -> tuple[Tensor, ...]:
+    if backend == "cpp":
+        return (_forward_cpp if target else _forward_cpp_alone)(x0, coefficients, key, noise, fast)
     x_t = torch.empty_like(x0)
     wanted = torch.empty_like(x0) if target else None
     rows, event = _checks.as_rows(x0)
     channels = x0.shape[1] if _checks.is_channels_last(x0) else 0
-    if backend == "cpp":
-        _native.kernel("diffuse_fwd")(
-            _native.DTYPES[x0.dtype], rows, event, channels, x0, coefficients, 0 if coefficients.dim() == 1 else 4, key,
-            key.numel() // 4 if key is not None else 0, noise, x_t, wanted, fast, torch.get_num_threads(),
-        )  # fmt: skip
-    else:
-        _dispatch.triton_module("diffuse").diffuse_fwd(rows, event, channels, x0, coefficients, key, noise, x_t, wanted, fast)
-    return x_t, wanted
+    _dispatch.triton_module("diffuse").diffuse_fwd(rows, event, channels, x0, coefficients, key, noise, x_t, wanted, fast)
+    return (x_t,) if wanted is None else (x_t, wanted)
 
 
 def _backward(coefficients: Tensor, grad_x_t: Tensor | None, grad_target: Tensor | None, backend: str) -> Tensor:
@@ -93,13 +94,13 @@ _ARGUMENTS = "Tensor x0, Tensor coefficients, Tensor? key, Tensor? noise, bool f
 _diffuse = _dispatch.raw_op(
     "diffuse",
     f"({_ARGUMENTS}) -> (Tensor, Tensor)",
-    lambda x0, coefficients, key, noise, fast, backend: _forward(x0, coefficients, key, noise, True, fast, backend),
+    functools.partial(_forward, True),
     lambda x0, *_: (torch.empty_like(x0), torch.empty_like(x0)),
 )
 _diffuse_alone = _dispatch.raw_op(
     "diffuse_alone",
     f"({_ARGUMENTS}) -> Tensor",
-    lambda x0, coefficients, key, noise, fast, backend: _forward(x0, coefficients, key, noise, False, fast, backend)[0],
+    lambda *args: _forward(False, *args)[0],
     lambda x0, *_: torch.empty_like(x0),
 )
 _differentiate = _dispatch.raw_op(
@@ -175,6 +176,11 @@ def diffuse(
     >>> x_t.shape
     torch.Size([8, 3, 32, 32])
     """
+    if key is not None and noise is None and _dispatch.is_automatic(backend):
+        launch = _forward_cpp if target else _forward_cpp_alone
+        made = launch.attempt(x0, coefficients, key, None, _dispatch.is_fast(math))
+        if made:
+            return Diffused(*made) if target else Diffused(made[0], None)
     (x0,) = _checks.common(x0=x0)
     channels_last = _checks.is_channels_last(x0)
     rows = _checks.coefficient_rows(coefficients, 4, x0)

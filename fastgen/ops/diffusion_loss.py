@@ -20,6 +20,7 @@ via min-SNR weighting strategy", section 3.4; Huber (1964), "Robust estimation o
 
 from __future__ import annotations
 
+import functools
 from math import isfinite, prod
 from typing import Any
 
@@ -89,7 +90,19 @@ def diffusion_loss_reference(
     return loss if rows is None else loss * rows
 
 
+_PLAN = "dtype rows event channels like like table4 key wide weights number flag number >row {slope} flag threads"
+_forward_cpp = _native.Launch("diffusion_loss_fwd", _PLAN.format(slope="null"))
+_forward_cpp_keeping = _native.Launch("diffusion_loss_fwd", _PLAN.format(slope=">wide"))
+
+
+def _mean(model_out: Tensor, factor: float) -> float:
+    """What the sum over the event of a sample is multiplied by."""
+    event = _checks.as_rows(model_out)[1]
+    return factor / event if event else float("nan")
+
+
 def _forward(
+    keep: bool,
     model_out: Tensor,
     x0: Tensor,
     coefficients: Tensor,
@@ -101,25 +114,19 @@ def _forward(
     delta: float,
     fast: bool,
     backend: str,
-    *,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, ...]:
+    scale = _mean(model_out, factor)
+    if backend == "cpp":
+        launch = _forward_cpp_keeping if keep else _forward_cpp
+        return launch(model_out, x0, coefficients, key, noise, weight, scale, huber, delta, fast)
     loss = _checks.per_sample(model_out)
     slope = torch.empty_like(model_out, dtype=torch.float32) if keep else None
     rows, event = _checks.as_rows(model_out)
     channels = model_out.shape[1] if _checks.is_channels_last(model_out) else 0
-    scale = factor / event if event else float("nan")
-    if backend == "cpp":
-        _native.kernel("diffusion_loss_fwd")(
-            _native.DTYPES[model_out.dtype], rows, event, channels, model_out, x0, coefficients,
-            0 if coefficients.dim() == 1 else 4, key, key.numel() // 4 if key is not None else 0, noise, weight,
-            0 if weight is None else weight.dim(), scale, huber, delta, loss, slope, fast, torch.get_num_threads(),
-        )  # fmt: skip
-    else:
-        _dispatch.triton_module("diffusion_loss").diffusion_loss_fwd(
-            rows, event, channels, model_out, x0, coefficients, key, noise, weight, scale, huber, delta, loss, slope, fast
-        )
-    return loss, slope
+    _dispatch.triton_module("diffusion_loss").diffusion_loss_fwd(
+        rows, event, channels, model_out, x0, coefficients, key, noise, weight, scale, huber, delta, loss, slope, fast
+    )
+    return (loss,) if slope is None else (loss, slope)
 
 
 def _backward(
@@ -157,13 +164,13 @@ _ARGUMENTS = (
 _loss = _dispatch.raw_op(
     "diffusion_loss",
     f"({_ARGUMENTS}) -> Tensor",
-    lambda *args: _forward(*args, keep=False)[0],
+    lambda *args: _forward(False, *args)[0],
     lambda model_out, *_: _checks.per_sample(model_out),
 )
 _loss_keeping_slope = _dispatch.raw_op(
     "diffusion_loss_fwd",
     f"({_ARGUMENTS}) -> (Tensor, Tensor)",
-    lambda *args: _forward(*args, keep=True),
+    functools.partial(_forward, True),
     lambda model_out, *_: (
         _checks.per_sample(model_out),
         torch.empty_like(model_out, dtype=torch.float32),
@@ -214,6 +221,9 @@ class _DiffusionLoss(torch.autograd.Function):
         return grads[0], grads[1] if ctx.with_x0 else None, *[None] * 10
 
 
+_apply = _dispatch.applier(_DiffusionLoss)
+
+
 def diffusion_loss(
     model_out: Tensor,
     x0: Tensor,
@@ -256,6 +266,14 @@ def diffusion_loss(
     >>> diffusion_loss(model(x_t), x0, row, key).mean().backward()
     """
     _check(model_out, x0, key, noise, kind, delta)
+    if weight is None and isinstance(model_out, Tensor) and model_out.dim() and _dispatch.is_automatic(backend):
+        huber, fast = kind == "huber", _dispatch.is_fast(math)
+        made = _forward_cpp.attempt(model_out, x0, coefficients, key, noise, None, _mean(model_out, 1.0), huber, delta, fast)
+        if made:
+            return made[0]
+        if made is False:
+            with_x0 = x0.requires_grad
+            return _apply(model_out, x0, coefficients, key, noise, None, 1.0, huber, delta, with_x0, fast, "cpp")
     model_out, x0 = _checks.common(model_out=model_out, x0=x0)
     channels_last = _checks.is_channels_last(model_out)
     rows = _checks.coefficient_rows(coefficients, 4, x0)

@@ -320,7 +320,7 @@ SPEC = OpSpec(
     name="winograd_conv2d",
     function=winograd_conv2d,
     reference=winograd_conv2d_reference,
-    outputs={"y": "iterative"},
+    outputs={"y": "filtering"},
     gradients=("x", "bias", "residual"),  # that of the weight is oneDNN's, whose sums go by the threads
     example_inputs=_example_inputs,
     flags={
@@ -338,5 +338,5 @@ SPEC = OpSpec(
     bytes_moved=_bytes_moved,
     operations=_operations,
     dtypes=(torch.float32,),
-    gradient_precision="iterative",
+    gradient_precision="filtering",
 )
