@@ -45,6 +45,7 @@ _REFERENCE = ("reference",)
 _ONEDNN = ("oneDNN, weight laid out beforehand",)
 _GROUP_NORM = ("group_norm_silu", 8, (256, 32, 32), _EAGER + _COMPILED)
 _LAST = (("channels_last", True),)
+_TANH = (("bound", "tanh"),)
 _IMAGES = (3, 32, 32)
 _DDPM = (("history", 0), ("clamp", 1.0))
 _DDIM = (("history", 0), ("deterministic", True))
@@ -82,6 +83,11 @@ FIGURES = (
     ),
     Figure("affine_coupling 4096x512", "affine_coupling", 4096, (512,), _EAGER, 4, 2.5),
     Figure("affine_coupling 4096x512, forward + backward", "affine_coupling", 4096, (512,), _EAGER, 4, 2.5, mode="fwdbwd"),
+    Figure("affine_coupling 4096x512, tanh", "affine_coupling", 4096, (512,), _EAGER, 4, 2.5, flags=_TANH),
+    Figure(
+        "affine_coupling 4096x512, tanh, forward + backward", "affine_coupling", 4096, (512,), _EAGER, 4, 2.5, mode="fwdbwd",
+        flags=_TANH,
+    ),
     Figure("affine_coupling 4096x512", "affine_coupling", 4096, (512,), _COMPILED, 1.3, 1.0),
     Figure("affine_coupling 4096x512, forward + backward", "affine_coupling", 4096, (512,), _COMPILED, 1.3, 1.0, mode="fwdbwd"),
     Figure("lu_linear 16x48x16x16", "lu_linear", 16, (48, 16, 16), _EAGER, 1.5, 1.0),

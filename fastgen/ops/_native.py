@@ -104,6 +104,16 @@ def add_table(isa: str, table: dict[str, Callable[..., None]]) -> None:
         _tables[isa] = table
 
 
+@contextlib.contextmanager
+def extra_table(isa: str, table: dict[str, Callable[..., None]]) -> Iterator[None]:
+    """:func:`add_table` for the block alone."""
+    add_table(isa, table)
+    try:
+        yield
+    finally:
+        (_tables or {}).pop(isa, None)
+
+
 def kernel(name: str) -> Callable[..., Any]:
     """The CPU kernel of a name, for the instruction set in use."""
     ready()

@@ -120,6 +120,7 @@ def test_default_cache_folder(monkeypatch, tmp_path):
         (gzip.compress(b"0,1,2\n3,4,5\n")[:-9], "toy: cannot read"),
         (b"no gzip", "toy: cannot read"),
     ],
+    ids=["a column is missing", "other values", "cut short", "no gzip"],  # gzip writes the time: its bytes name no test
 )
 def test_a_wrong_file_is_refused(tmp_path, monkeypatch, content, message):
     (tmp_path / "rows.csv.gz").write_bytes(content)

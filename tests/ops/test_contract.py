@@ -376,7 +376,8 @@ def test_layout_of_inputs_does_not_matter(spec, backend, layout, folder):
         other = with_gradients(spec.function, moved, spec.gradients, spec.outputs_of, 0)
     for first, second in zip(plain[:2], other[:2], strict=True):
         for name in first:
-            assert error(second[name], first[name], "elementwise") <= 1, name
+            precision = "reduction" if first[name].dtype is torch.float64 else "elementwise"
+            assert error(second[name], first[name], precision) <= 1, name
 
 
 @every_native_op
@@ -463,7 +464,6 @@ def test_impossible_choice_says_why(spec):
 def test_memory_is_respected(spec, isa, folder):
     """Under AddressSanitizer and UndefinedBehaviorSanitizer, where every buffer is an allocation of its own."""
     name = f"sanitized-{isa}"
-    _native.add_table(name, emulation.sanitized(isa, spec.name, folder).table())
 
     @settings(max_examples=max(40, settings.default.max_examples))
     @given(calls(spec))
@@ -474,4 +474,5 @@ def test_memory_is_respected(spec, isa, folder):
             if spec.double_backward:
                 second_gradients(spec.function, inputs, spec.gradients, spec.outputs_of, 0)
 
-    check()
+    with _native.extra_table(name, emulation.sanitized(isa, spec.name, folder).table()):
+        check()

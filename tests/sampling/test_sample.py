@@ -282,7 +282,7 @@ def test_folder_of_vectors(tmp_path, whole, monkeypatch):
     folder = sample(Noise(2, 3), 37, seed=4, batch_size=4, out=f"{tmp_path}/v1.0/")
     assert folder == tmp_path / "v1.0"
     shards = sorted(folder.iterdir())
-    assert [p.name for p in shards][:2] == ["00000000-00000011.npz", "00000012-00000023.npz"]
+    assert [p.name for p in shards][:2] == ["00000000-00000009.npz", "00000010-00000019.npz"]
     assert np.array_equal(np.concatenate([np.load(p)["x"] for p in shards]), whole.numpy())
     assert np.concatenate([np.load(p)["ids"] for p in shards]).tolist() == list(range(37))
 
