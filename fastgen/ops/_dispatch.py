@@ -30,8 +30,8 @@ __all__ = [
     "differentiable_once",
     "explain",
     "info",
-    "is_automatic",
     "is_fast",
+    "may_launch",
     "raw_op",
     "reason_against",
     "triton_module",
@@ -162,9 +162,9 @@ def choose(
     return "reference"
 
 
-def is_automatic(backend: str | None) -> bool:
-    """Whether nobody asked for a backend and nothing traces: a :class:`_native.Launch` may be attempted first."""
-    return backend is None and _state.backend is None and not _is_compiling()
+def may_launch(backend: str | None) -> bool:
+    """Whether a :class:`_native.Launch` may be attempted first: nobody asked for another backend, and nothing traces."""
+    return (backend or _state.backend or "cpp") == "cpp" and not _is_compiling()
 
 
 def _like(inputs: dict[str, Any]) -> Tensor:

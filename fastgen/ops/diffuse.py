@@ -176,7 +176,7 @@ def diffuse(
     >>> x_t.shape
     torch.Size([8, 3, 32, 32])
     """
-    if key is not None and noise is None and _dispatch.is_automatic(backend):
+    if key is not None and noise is None and _dispatch.may_launch(backend):
         launch = _forward_cpp if target else _forward_cpp_alone
         made = launch.attempt(x0, coefficients, key, None, _dispatch.is_fast(math))
         if made:

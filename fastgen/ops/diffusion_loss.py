@@ -266,7 +266,7 @@ def diffusion_loss(
     >>> diffusion_loss(model(x_t), x0, row, key).mean().backward()
     """
     _check(model_out, x0, key, noise, kind, delta)
-    if weight is None and isinstance(model_out, Tensor) and model_out.dim() and _dispatch.is_automatic(backend):
+    if weight is None and isinstance(model_out, Tensor) and model_out.dim() and _dispatch.may_launch(backend):
         huber, fast = kind == "huber", _dispatch.is_fast(math)
         made = _forward_cpp.attempt(model_out, x0, coefficients, key, noise, None, _mean(model_out, 1.0), huber, delta, fast)
         if made:

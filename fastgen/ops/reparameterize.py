@@ -183,7 +183,7 @@ def reparameterize(
     >>> z.shape, kl.shape
     (torch.Size([8, 16]), torch.Size([8]))
     """
-    if key is not None and noise is None and _dispatch.is_automatic(backend):
+    if key is not None and noise is None and _dispatch.may_launch(backend):
         fast = _dispatch.is_fast(math)
         made = _forward_cpp.attempt(mean, log_var, key, None, fast)
         if made:
