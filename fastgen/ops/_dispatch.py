@@ -31,7 +31,7 @@ __all__ = [
     "explain",
     "info",
     "is_fast",
-    "may_launch",
+    "launch_mode",
     "raw_op",
     "reason_against",
     "triton_module",
@@ -162,9 +162,14 @@ def choose(
     return "reference"
 
 
-def may_launch(backend: str | None) -> bool:
-    """Whether a :class:`_native.Launch` may be attempted first: nobody asked for another backend, and nothing traces."""
-    return (backend or _state.backend or "cpp") == "cpp" and not _is_compiling()
+def launch_mode(backend: str | None, math: str | None) -> bool | None:
+    """None where a :class:`_native.Launch` may not be attempted first: another backend is asked for, or something traces.
+
+    Else whether its normals are "fast", as :func:`is_fast` has it.
+    """
+    if (backend or _state.backend or "cpp") != "cpp" or _is_compiling():
+        return None
+    return _state.math == "fast" if math is None else is_fast(math)
 
 
 def _like(inputs: dict[str, Any]) -> Tensor:

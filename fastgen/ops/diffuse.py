@@ -176,9 +176,9 @@ def diffuse(
     >>> x_t.shape
     torch.Size([8, 3, 32, 32])
     """
-    if key is not None and noise is None and _dispatch.may_launch(backend):
-        launch = _forward_cpp if target else _forward_cpp_alone
-        made = launch.attempt(x0, coefficients, key, None, _dispatch.is_fast(math))
+    fast = _dispatch.launch_mode(backend, math)
+    if fast is not None and key is not None and noise is None:
+        made = (_forward_cpp if target else _forward_cpp_alone).attempt(x0, coefficients, key, None, fast)
         if made:
             return Diffused(*made) if target else Diffused(made[0], None)
     (x0,) = _checks.common(x0=x0)

@@ -266,12 +266,12 @@ def diffusion_loss(
     >>> diffusion_loss(model(x_t), x0, row, key).mean().backward()
     """
     _check(model_out, x0, key, noise, kind, delta)
-    if weight is None and isinstance(model_out, Tensor) and model_out.dim() and _dispatch.may_launch(backend):
-        huber, fast = kind == "huber", _dispatch.is_fast(math)
+    huber, fast = kind == "huber", _dispatch.launch_mode(backend, math)
+    if fast is not None and weight is None and isinstance(model_out, Tensor) and model_out.dim():
         made = _forward_cpp.attempt(model_out, x0, coefficients, key, noise, None, _mean(model_out, 1.0), huber, delta, fast)
         if made:
             return made[0]
-        if made is False:
+        if made is False and (model_out.requires_grad or x0.requires_grad):
             with_x0 = x0.requires_grad
             return _apply(model_out, x0, coefficients, key, noise, None, 1.0, huber, delta, with_x0, fast, "cpp")
     model_out, x0 = _checks.common(model_out=model_out, x0=x0)
@@ -286,7 +286,7 @@ def diffusion_loss(
     if chosen == "reference":
         return diffusion_loss_reference(model_out, x0, rows, key, weight=weight, kind=kind, delta=delta, noise=noise)
     model_out, x0 = _checks.dense(model_out, channels_last), _checks.dense(x0, channels_last)
-    huber, fast = kind == "huber", _dispatch.is_fast(math)
+    fast = _dispatch.is_fast(math)
     if torch.is_grad_enabled() and (model_out.requires_grad or x0.requires_grad):
         with_x0 = x0.requires_grad
         return _DiffusionLoss.apply(model_out, x0, rows, key, noise, weights, factor, huber, delta, with_x0, fast, chosen)

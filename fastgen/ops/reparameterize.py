@@ -183,11 +183,11 @@ def reparameterize(
     >>> z.shape, kl.shape
     (torch.Size([8, 16]), torch.Size([8]))
     """
-    if key is not None and noise is None and _dispatch.may_launch(backend):
-        fast = _dispatch.is_fast(math)
+    fast = _dispatch.launch_mode(backend, math)
+    if fast is not None and key is not None and noise is None:
         made = _forward_cpp.attempt(mean, log_var, key, None, fast)
         if made:
-            return Reparameterized._make(made)
+            return Reparameterized(*made)
         if made is False and save_noise is None:
             return Reparameterized._make(_apply(mean, log_var, key, None, True, fast, "cpp"))
     mean, log_var = _checks.common(mean=mean, log_var=log_var)
