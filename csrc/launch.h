@@ -144,9 +144,17 @@ class Launch {
   }
 
  private:
-  enum Word { DTYPE, ROWS, EVENT, CHANNELS, THREADS, NONE, LIKE, WIDE, ROW, WEIGHTS, TABLE4, KEY, FLAG, NUMBER, NEW_LIKE, NEW_WIDE, NEW_ROW };
-  static constexpr const char* WORDS[] = {"dtype",   "rows",   "event", "channels", "threads", "null",  "like",  "wide", "row",
-                                          "weights", "table4", "key",   "flag",     "number",  ">like", ">wide", ">row"};
+  // What a word says, and how plans spell it. From LIKE to NUMBER the caller gives it.
+  enum Word {
+    DTYPE, ROWS, EVENT, CHANNELS, THREADS, NONE,
+    LIKE, WIDE, ROW, WEIGHTS, TABLE4, KEY, FLAG, NUMBER,
+    NEW_LIKE, NEW_WIDE, NEW_ROW,
+  };
+  static constexpr const char* WORDS[] = {
+      "dtype", "rows", "event", "channels", "threads", "null",                   //
+      "like",  "wide", "row",   "weights",  "table4",  "key",  "flag", "number",  //
+      ">like", ">wide", ">row",
+  };
 
   enum Answer { LAUNCH, RECORD, LONG_WAY };
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fastgen.ops import _native
+
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = """
 import sys
@@ -24,6 +26,11 @@ print(fastgen.kernels.__path__[0])
 print(fastgen.ops.info()["cpp"])
 z, kl = fastgen.ops.reparameterize(torch.zeros(4, 8), torch.zeros(4, 8))
 """
+
+
+@pytest.mark.skipif(os.environ.get("FASTGEN_REQUIRE_CPP") != "1", reason="kernels are not required")
+def test_kernels_are_there():
+    assert _native.missing() is None
 
 
 @pytest.fixture
