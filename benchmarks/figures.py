@@ -18,7 +18,7 @@ class Figure:
         work: what is done, in words.
         op, rows, event, mode, flags, dtype: the workload that does it; ``op`` may be a composite.
         against: names of providers (peers, "reference", "compile"); with several, the fastest counts. Empty: a time.
-        target: how many times faster than ``against``; microseconds if ``against`` is empty.
+        target: how many times faster than ``against``; microseconds if ``against`` is empty. None: it explains another row.
         floor: below which (above which, for a time) the figure is not reached; None: the target.
     """
 
@@ -27,7 +27,7 @@ class Figure:
     rows: int
     event: tuple[int, ...]
     against: tuple[str, ...]
-    target: float
+    target: float | None
     floor: float | None = None
     mode: str = "fwd"
     flags: tuple[tuple[str, Any], ...] = ()
@@ -41,6 +41,7 @@ class Figure:
 _RANDN = ("torch.randn",)
 _GENERATORS = ("diffusers randn_tensor, one generator a sample",)
 _EAGER, _COMPILED = ("eager PyTorch",), ("torch.compile of it",)
+_NOTHING = ("an autograd function that computes nothing",)
 _REFERENCE = ("reference",)
 _ONEDNN = ("oneDNN, weight laid out beforehand",)
 _GROUP_NORM = ("group_norm_silu", 8, (256, 32, 32), _EAGER + _COMPILED)
@@ -59,6 +60,8 @@ FIGURES = (
     Figure("normal 64x3x32x32, a seed per sample", "normal", 64, (3, 32, 32), _GENERATORS, 5, flags=(("per_sample", True),)),
     Figure("reparameterize 512x256, forward + backward", "reparameterize", 512, (256,), _EAGER, 6, mode="fwdbwd"),
     Figure("reparameterize 64x16, forward + backward", "reparameterize", 64, (16,), _EAGER, 3, mode="fwdbwd"),
+    Figure("reparameterize 512x256, forward + backward", "reparameterize", 512, (256,), _NOTHING, None, mode="fwdbwd"),
+    Figure("reparameterize 64x16, forward + backward", "reparameterize", 64, (16,), _NOTHING, None, mode="fwdbwd"),
     Figure("reparameterize 512x256, forward + backward", "reparameterize", 512, (256,), _COMPILED, 3, mode="fwdbwd"),
     Figure("reparameterize 4x16, no gradients", "reparameterize", 4, (16,), (), 10),
     Figure("diffuse 64x3x32x32", "diffuse", 64, _IMAGES, ("diffusers add_noise + randn_like",), 7, 4),

@@ -128,13 +128,14 @@ def figure_table(figures: Sequence[Figure], rows: Sequence[Row]) -> str:
         fused = next((row for row in own if row.fused and row.median_us is not None), None)
         peers = [row for row in own if row.provider in figure.against and row.ratio is not None]
         fastest = min(peers, key=lambda row: row.ratio or 0.0, default=None)
-        floor = figure.floor if figure.floor is not None else figure.target
+        floor = figure.floor if figure.floor is not None else figure.target or 0.0
         if not figure.against:
             target = f"<= {figure.target:g} us"
             measured = f"{fused.median_us:.2f} us ({fused.p20_us:.2f} to {fused.p80_us:.2f})" if fused else ""
             reached = fused is not None and (fused.median_us or 0) <= floor
         else:
-            target = f"{figure.target:g}x" + (f", at least {floor:g}x" if floor != figure.target else "")
+            target = "-" if figure.target is None else f"{figure.target:g}x"
+            target += f", at least {floor:g}x" if figure.floor is not None else ""
             measured = f"{fastest.ratio:.2f}x ({fastest.ratio_p20:.2f} to {fastest.ratio_p80:.2f})" if fastest else ""
             reached = fastest is not None and (fastest.ratio or 0) >= floor
         if not measured:

@@ -3,6 +3,7 @@
 // A tensor argument is anything with data_ptr(), an address as an int, or None for a null pointer. Calls go through the
 // CPython vectorcall interface: for small tensors the call is the cost. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "kernels.h"
 #include "launch.h"
@@ -23,6 +24,7 @@ using fastgen::Kernel;
 
 using fastgen::Launch;
 using fastgen::MOST_ARGUMENTS;
+using fastgen::Record;
 
 PyObject* data_ptr_name;
 
@@ -109,22 +111,48 @@ PyObject* launch_call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   return (*static_cast<const Launch*>(PyCapsule_GetPointer(self, nullptr)))(args, count, selected);
 }
 
+template <auto Member>
+PyObject* record_call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return (static_cast<const Record*>(PyCapsule_GetPointer(self, nullptr))->*Member)(args, count, selected);
+}
+
 template <auto F>
 py::object function(const char* name, const py::object& self) {
   static PyMethodDef method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(F)), METH_FASTCALL, nullptr};
   return py::reinterpret_steal<py::object>(PyCFunction_New(&method, self.ptr()));
 }
 
-// A function that launches the kernel of this name by the plan. It lives as long as the process.
-py::object launch(const std::string& name, const std::string& plan) {
+// A launch and its kernel's name: what Python has of it.
+using Description = std::pair<std::string, std::string>;
+
+Launch launch_of(const Description& description) {
+  const auto& [name, plan] = description;
   std::vector<const Kernel*> kernels;
   for (const std::string& isa : isas())
     for (const fastgen::Table* table : units)
       for (int i = 0; isa == table->isa && i < table->count; ++i)
         if (name == table->kernels[i].name) kernels.push_back(&table->kernels[i]);
   if (kernels.size() != isas().size()) throw py::key_error(name);
-  const auto made = py::reinterpret_steal<py::object>(PyCapsule_New(new Launch(kernels, plan), nullptr, nullptr));
-  return function<launch_call>("launch", made);
+  return Launch(kernels, plan);
+}
+
+py::object capsule(void* object) { return py::reinterpret_steal<py::object>(PyCapsule_New(object, nullptr, nullptr)); }
+
+// A function that launches the kernel of this name by the plan. It lives as long as the process.
+py::object launch(const Description& description) {
+  return function<launch_call>("launch", capsule(new Launch(launch_of(description))));
+}
+
+// A function that launches the first, or records the other two: `make_apply` makes of a forward and a backward function the
+// `apply` of a torch.autograd.Function. It lives as long as the process.
+py::object record(const Description& plain, const Description& forward, const Description& backward, int returns,
+                  const std::string& takes, const std::string& gives, const py::object& make_apply, py::object longer) {
+  auto* made = new Record(launch_of(plain), launch_of(forward), launch_of(backward), returns, takes, gives);
+  const py::object self = capsule(made);
+  made->complete(make_apply(function<record_call<&Record::forward>>("forward", self),
+                            function<record_call<&Record::backward>>("backward", self)),
+                 std::move(longer));
+  return function<record_call<&Record::attempt>>("record", self);
 }
 
 // isa -> name -> function, for the instruction sets that this CPU can run, fastest first.
@@ -136,8 +164,7 @@ py::dict tables() {
     for (int i = 0; i < table->count; ++i) {
       const Kernel& kernel = table->kernels[i];
       if (strlen(kernel.signature) > MOST_ARGUMENTS) throw std::length_error(kernel.name);
-      const auto capsule = py::reinterpret_steal<py::object>(PyCapsule_New(const_cast<Kernel*>(&kernel), nullptr, nullptr));
-      out[table->isa][kernel.name] = function<call>("kernel", capsule);
+      out[table->isa][kernel.name] = function<call>("kernel", capsule(const_cast<Kernel*>(&kernel)));
     }
   }
   return out;
@@ -159,5 +186,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("tables", &tables);
   module.def("use_isa", &use_isa);
   module.def("launch", &launch);
+  module.def("record", &record);
   module.def("signatures", &signatures);
 }

@@ -1,7 +1,8 @@
 // Launches: the call of a kernel described once, in words, and made from Python tensors without Python code in between. For
 // tensors of a few kilobytes the code around a kernel is what a call costs.
 //
-// A plan has one word per argument of the kernel, and one per tensor to allocate; fastgen/ops/_native.py explains them.
+// A plan has one word per argument of the kernel, and one per tensor to allocate; fastgen/ops/_native.py explains them, and
+// records, which are two launches that autograd knows.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -55,7 +56,7 @@ constexpr uint8_t INT = 0, FLOAT = 2, BFLOAT = 4;  // kDLInt, kDLFloat, kDLBfloa
 // What is asked of torch. Made on first use: importing the extension does not import torch.
 struct Torch {
   PyObject *tensor, *parameter, *float32, *empty_like, *new_empty, *is_grad_enabled, *num_threads, *dispatch_modes, *transforms;
-  PyObject *requires_grad, *dtype_keyword;
+  PyObject *requires_grad, *dtype_keyword, *saved_tensors, *save_for_backward, *set_materialize_grads;
   const dlpack::Exchange* exchange = nullptr;  // null where this torch has none
 
   static const Torch& get() {
@@ -83,6 +84,9 @@ struct Torch {
     num_threads = take(torch, "get_num_threads");
     new_empty = PyUnicode_InternFromString("new_empty");
     requires_grad = PyUnicode_InternFromString("requires_grad");
+    saved_tensors = PyUnicode_InternFromString("saved_tensors");
+    save_for_backward = PyUnicode_InternFromString("save_for_backward");
+    set_materialize_grads = PyUnicode_InternFromString("set_materialize_grads");
     dtype_keyword = py::make_tuple("dtype").release().ptr();
     if (!py::hasattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__")) return;
     const py::object capsule = torch.attr("Tensor").attr("__dlpack_c_exchange_api__");
@@ -110,8 +114,10 @@ class Launch {
     std::istringstream words(plan);
     for (std::string word; words >> word;) {
       const auto found = std::find(std::begin(WORDS), std::end(WORDS), word);
-      if (found == std::end(WORDS)) throw std::invalid_argument("unknown word in a plan: " + word);
-      const auto kind = static_cast<Word>(found - std::begin(WORDS));
+      const bool literal = word.find_first_not_of("0123456789") == std::string::npos;
+      if (found == std::end(WORDS) && !literal) throw std::invalid_argument("unknown word in a plan: " + word);
+      const auto kind = literal ? LITERAL : static_cast<Word>(found - std::begin(WORDS));
+      if (literal) literals_.push_back(std::stoll(word));
       words_.push_back(kind);
       inputs_ += is_given(kind);
       slots_ += slots_of(kind);
@@ -143,15 +149,17 @@ class Launch {
     return tuple;
   }
 
+  int inputs() const { return inputs_; }
+
  private:
   // What a word says, and how plans spell it. From LIKE to NUMBER the caller gives it.
   enum Word {
-    DTYPE, ROWS, EVENT, CHANNELS, THREADS, NONE,
+    DTYPE, ROWS, EVENT, CHANNELS, THREADS, NONE, LITERAL,
     LIKE, WIDE, ROW, WEIGHTS, TABLE4, KEY, FLAG, NUMBER,
     NEW_LIKE, NEW_WIDE, NEW_ROW,
   };
   static constexpr const char* WORDS[] = {
-      "dtype", "rows", "event", "channels", "threads", "null",                   //
+      "dtype", "rows", "event", "channels", "threads", "null", "(literal)",      //
       "like",  "wide", "row",   "weights",  "table4",  "key",  "flag", "number",  //
       ">like", ">wide", ">row",
   };
@@ -253,6 +261,7 @@ class Launch {
     }
     if (record) return RECORD;
     slot -= slots_;
+    const int64_t* literal = literals_.data();
     for (const Word word : words_) {
       switch (word) {
         case DTYPE: slot->integer = like.code; break;
@@ -261,6 +270,7 @@ class Launch {
         case THREADS: slot->integer = integer(torch.num_threads); break;
         case CHANNELS: slot->integer = 0; break;  // dense in logical order
         case NONE: slot->pointer = nullptr; break;
+        case LITERAL: slot->integer = *literal++; break;
         case NEW_LIKE:
         case NEW_WIDE:
         case NEW_ROW: {
@@ -279,8 +289,103 @@ class Launch {
 
   std::vector<const Kernel*> kernels_;
   std::vector<Word> words_;
+  std::vector<int64_t> literals_;
   int inputs_ = 0;
   size_t slots_ = 0;
+};
+
+// A torch.autograd.Function made of launches, so that no Python code runs between PyTorch and the kernels: one where there is
+// nothing to record, one for the forward pass of a graph, which may keep more, and one for its backward pass.
+class Record {
+ public:
+  // `takes`: what the backward launch is given: "i0" the first argument of the forward launch, "o2" its third output, "g1" the
+  // gradient of its second. `gives`: what the gradients of the forward launch's arguments are, in order: "o0" the first output
+  // of the backward launch, "g0" a gradient as it came. `returns`: the outputs that the caller sees.
+  Record(Launch plain, Launch forward, Launch backward, int returns, const std::string& takes, const std::string& gives)
+      : plain_(std::move(plain)),
+        forward_(std::move(forward)),
+        backward_(std::move(backward)),
+        returns_(returns),
+        takes_(places(takes)),
+        gives_(places(gives)) {
+    if (plain_.inputs() != forward_.inputs() || backward_.inputs() != (int)takes_.size())
+      throw std::invalid_argument("the launches of a record do not fit each other");
+  }
+
+  // `apply` of the class that has forward() and backward(), and who takes over in the backward pass what is not plain.
+  void complete(py::object apply, py::object longer) { apply_ = std::move(apply), longer_ = std::move(longer); }
+
+  // The outputs, recorded where gradients are wanted; None where something is not plain, and nothing has been done.
+  PyObject* attempt(PyObject* const* args, Py_ssize_t count, int isa) const {
+    PyObject* made = plain_(args, count, isa);
+    if (made != Py_False) return made;
+    Py_DECREF(made);
+    return PyObject_Vectorcall(apply_.ptr(), args, (size_t)count, nullptr);
+  }
+
+  PyObject* forward(PyObject* const* args, Py_ssize_t count, int isa) const {
+    PyObject* const context = args[0];
+    const Ref outputs = own(forward_(args + 1, count - 1, isa));
+    if (!outputs) return nullptr;
+    if (!PyTuple_Check(outputs.ptr())) {
+      PyErr_SetString(PyExc_RuntimeError, "a launch was interrupted: the instruction set or a mode changed meanwhile");
+      return nullptr;
+    }
+    PyObject* saved[MOST_ARGUMENTS + 1] = {context};
+    int count_saved = 1;
+    for (const Place& place : takes_)
+      if (place.kind != 'g') saved[count_saved++] = place.kind == 'i' ? args[1 + place.index] : item(outputs, place.index);
+    const Torch& torch = Torch::get();
+    PyObject* const never[] = {context, Py_False};
+    if (!own(PyObject_VectorcallMethod(torch.save_for_backward, saved, count_saved, nullptr)) ||
+        !own(PyObject_VectorcallMethod(torch.set_materialize_grads, never, 2, nullptr)))
+      return nullptr;
+    return returns_ == 1 ? Py_NewRef(item(outputs, 0)) : PyTuple_GetSlice(outputs.ptr(), 0, returns_);
+  }
+
+  PyObject* backward(PyObject* const* args, Py_ssize_t count, int isa) const {
+    const Torch& torch = Torch::get();
+    if (own(PyObject_CallNoArgs(torch.is_grad_enabled)).ptr() != Py_False) return later(args, count);
+    const Ref saved = own(PyObject_GetAttr(args[0], torch.saved_tensors));
+    if (!saved) return nullptr;
+    PyObject* given[MOST_ARGUMENTS];
+    int next = 0;
+    for (size_t i = 0; i < takes_.size(); ++i)
+      given[i] = takes_[i].kind == 'g' ? args[1 + takes_[i].index] : item(saved, next++);
+    const Ref outputs = own(backward_(given, (Py_ssize_t)takes_.size(), isa));
+    if (!outputs || !PyTuple_Check(outputs.ptr())) return outputs ? later(args, count) : nullptr;
+    PyObject* gradients = PyTuple_New(forward_.inputs());
+    for (int i = 0; i < forward_.inputs(); ++i) {
+      PyObject* gradient = Py_None;
+      if (i < (int)gives_.size()) gradient = gives_[i].kind == 'g' ? args[1 + gives_[i].index] : item(outputs, gives_[i].index);
+      PyTuple_SET_ITEM(gradients, i, Py_NewRef(gradient));
+    }
+    return gradients;
+  }
+
+ private:
+  struct Place {
+    char kind;
+    int index;
+  };
+
+  static std::vector<Place> places(const std::string& text) {
+    std::vector<Place> out;
+    std::istringstream words(text);
+    for (std::string word; words >> word;) out.push_back({word[0], std::stoi(word.substr(1))});
+    return out;
+  }
+
+  static PyObject* item(const Ref& tuple, int index) { return PyTuple_GET_ITEM(tuple.ptr(), index); }
+
+  PyObject* later(PyObject* const* args, Py_ssize_t count) const {
+    return PyObject_Vectorcall(longer_.ptr(), args, (size_t)count, nullptr);
+  }
+
+  Launch plain_, forward_, backward_;
+  int returns_;
+  std::vector<Place> takes_, gives_;
+  py::object apply_, longer_;
 };
 
 }  // namespace fastgen

@@ -12,11 +12,12 @@ INLINE void reparameterize_fwd_as(int64_t rows, int64_t event, const T* mean, co
                                   const float* given, T* z, float* kl, float* kept, bool fast, int64_t threads) {
   const Tiling tiling(rows, event);
   RowSums sums(tiling, kl);
+  const Ahead ahead = Ahead().add(mean).add(log_var).add(z).add(kept);
   tiling.run(threads, [&](const Tile& tile) {
     TileNoise drawn;
     const int64_t offset = tile.row * event + tile.begin;
     const float* noise = given ? given + offset : drawn.values;
-    if (!given) draw_tile<Normal>(keys, tile, fast, drawn.values);
+    if (!given) draw_tile<Normal>(keys, tile, fast, drawn.values, ahead.from(offset));
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t base = offset + r * event;
       const float* eps = noise + r * tile.count;

@@ -25,7 +25,6 @@ from fastgen.ops._spec import OpSpec, all_specs, get_spec
 
 __all__ = [
     "BACKENDS",
-    "applier",
     "choose",
     "differentiable_once",
     "explain",
@@ -248,14 +247,6 @@ def raw_op(name: str, schema: str, implementation: Callable[..., Any], fake: Cal
         return implementation(*args)
 
     return call
-
-
-def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` for arguments on which a :class:`_native.Launch` answered False: no transform of functorch is active.
-
-    It skips the search for what those have wrapped, which costs more than a small kernel.
-    """
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:

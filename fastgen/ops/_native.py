@@ -4,7 +4,7 @@ A kernel takes its arguments flat, in the order of the C++ function: tensors (th
 bools and floats. It checks nothing: the op does. ``FASTGEN_ISA`` = scalar | avx2 | avx512 | neon forces one set.
 
 A :class:`Launch` is the call of a kernel described once: it reads sizes off the tensors and allocates the outputs, in C++ where
-the tensors are plain, so that a call on a few numbers costs microseconds.
+the tensors are plain, so that a call on a few numbers costs microseconds. A :class:`Record` makes an autograd function of two.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "Launch", "available_isas", "current_isa", "kernel", "missing", "ready", "use_isa"]
+__all__ = ["DTYPES", "Launch", "Record", "applier", "available_isas", "current_isa", "kernel", "missing", "ready", "use_isa"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Storage types of the kernels and their codes in ``csrc/simd.h``."""
@@ -130,7 +130,7 @@ class Launch:
     ======================  =============================================================================================
     dtype, rows, event      storage code of the first tensor, its samples, the elements of one
     channels                0, or the channels of the first tensor where it lies in memory channels last
-    threads, null           PyTorch's number of threads; a null pointer
+    threads, null, 0 ..     PyTorch's number of threads; a null pointer; the whole number as it stands
     like, wide, row         a tensor given by the caller: as the first; its shape in float32; [samples] in float32
     weights                 [samples] or [] in float32, and its number of dimensions: two arguments
     table4                  coefficients in float32, [4] or [samples, 4], and the distance of two rows, 0 or 4: two arguments
@@ -153,8 +153,13 @@ class Launch:
         """
         if not ready():
             return None
-        self.attempt = _extension.launch(self.name, " ".join(self.words))  # type: ignore[method-assign]
+        self.attempt = _extension.launch(self.description)  # type: ignore[method-assign]
         return self.attempt(*args)
+
+    @property
+    def description(self) -> tuple[str, str]:
+        """The kernel's name and the plan."""
+        return self.name, " ".join(self.words)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """The outputs, as a tuple."""
@@ -170,8 +175,8 @@ class Launch:
         fixed["event"] = first.numel() // rows if rows else math.prod(first.shape[1:])
         fixed["channels"] = first.shape[1] if not first.is_contiguous() else 0
         for word in self.words:
-            if word in fixed:
-                flat.append(fixed[word])
+            if word in fixed or word.isdecimal():
+                flat.append(fixed[word] if word in fixed else int(word))
             elif word.startswith(">"):
                 like = first.new_empty(rows, dtype=torch.float32) if word == ">row" else torch.empty_like(first)
                 outputs.append(like.float() if word == ">wide" else like)
@@ -187,3 +192,58 @@ class Launch:
                     flat.append(0 if value.dim() == 1 else 4)
         kernel(self.name)(*flat)
         return tuple(outputs)
+
+
+def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for arguments that a :class:`Launch` has seen: no transform of functorch is active.
+
+    It skips the search for what those have wrapped, which costs more than a small kernel.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+class Record:
+    """A :class:`torch.autograd.Function` made of launches: no Python code runs between PyTorch and the kernels.
+
+    Args:
+        plain: the launch where there is no gradient to record.
+        forward: the launch where there is, given the same; it may put out more, to be kept.
+        backward: the launch of the backward pass.
+        takes: what ``backward`` is given, a word each: "i0" the first argument of ``forward``, "o2" its third output, "g1" the
+            gradient of its second output. The first two kinds are what is saved, in this order.
+        gives: the gradients of the arguments of ``forward``, from the first on: "o0" the first output of ``backward``, "g0" the
+            gradient of the first output as it came. Those left out get none.
+        returns: how many outputs of ``forward`` the caller sees.
+        longer: ``longer(ctx, *grads)``, the backward pass in Python, what was saved in ``ctx.saved_tensors``: for gradients
+            that are not dense, and where the backward pass is to be differentiated.
+    """
+
+    def __init__(
+        self,
+        plain: Launch,
+        forward: Launch,
+        backward: Launch,
+        *,
+        takes: str,
+        gives: str,
+        returns: int,
+        longer: Callable[..., tuple[Any, ...]],
+    ) -> None:
+        self._launches, self._rest = (plain, forward, backward), (returns, takes, gives)
+        self._longer = longer
+
+    def _apply_of(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return applier(type(self._launches[1].name, (torch.autograd.Function,), members))
+
+    def attempt(self, *args: Any) -> Any:
+        """The outputs, as a tuple, if every tensor is plain, recorded for autograd where it is on and a gradient is wanted.
+
+        None sends the caller the long way: nothing has been done then. See :meth:`Launch.attempt`.
+        """
+        if not ready():
+            return None
+        descriptions = (launch.description for launch in self._launches)
+        made = _extension.record(*descriptions, *self._rest, self._apply_of, self._longer)
+        self.attempt = made  # type: ignore[method-assign]
+        return self.attempt(*args)

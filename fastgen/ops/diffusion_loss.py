@@ -221,7 +221,7 @@ class _DiffusionLoss(torch.autograd.Function):
         return grads[0], grads[1] if ctx.with_x0 else None, *[None] * 10
 
 
-_apply = _dispatch.applier(_DiffusionLoss)
+_apply = _native.applier(_DiffusionLoss)
 
 
 def diffusion_loss(

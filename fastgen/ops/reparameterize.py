@@ -24,6 +24,7 @@ from torch import Tensor
 from fastgen.ops import _checks, _dispatch, _native
 from fastgen.ops._philox import normals
 from fastgen.ops._spec import OpSpec
+from fastgen.random import fresh_key
 from fastgen.random import key as make_key
 
 __all__ = ["Reparameterized", "reparameterize", "reparameterize_reference"]
@@ -134,21 +135,34 @@ class _Reparameterize(torch.autograd.Function):
         else:
             z, kl = _sample(mean, log_var, key, noise, fast, backend)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mean, log_var, None if noise is not None else key, noise)
+        ctx.save_for_backward(mean, log_var, noise, None if noise is not None else key)
         ctx.fast, ctx.backend = fast, backend
         return z, kl
 
     @staticmethod
     @_dispatch.differentiable_once
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
-        mean, log_var, key, noise = ctx.saved_tensors
+        mean, log_var, noise, *key = ctx.saved_tensors
         grad_z = grad_z if grad_z is None else grad_z.contiguous()
         grad_kl = grad_kl if grad_kl is None else grad_kl.contiguous()
-        grads = _differentiate(mean, log_var, key, noise, grad_z, grad_kl, ctx.fast, ctx.backend)
+        grads = _differentiate(mean, log_var, *(key or [None]), noise, grad_z, grad_kl, ctx.fast, ctx.backend)
         return *grads, None, None, None, None, None
 
 
-_apply = _dispatch.applier(_Reparameterize)
+def _backward_again(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    ctx.fast, ctx.backend = False, "cpp"
+    return _Reparameterize.backward(ctx, *grads)[:5]
+
+
+_record = _native.Record(
+    _forward_cpp,
+    _forward_cpp_keeping,
+    _native.Launch("reparameterize_bwd", "dtype rows event like like null 0 wide like row >like >like 0 threads"),
+    takes="i0 i1 o2 g0 g1",
+    gives="o0 o1",
+    returns=2,
+    longer=_backward_again,
+)
 
 
 def reparameterize(
@@ -184,12 +198,11 @@ def reparameterize(
     (torch.Size([8, 16]), torch.Size([8]))
     """
     fast = _dispatch.launch_mode(backend, math)
-    if fast is not None and key is not None and noise is None:
-        made = _forward_cpp.attempt(mean, log_var, key, None, fast)
+    if fast is not None and noise is None and save_noise is not False and isinstance(mean, Tensor):
+        key = fresh_key(mean.device) if key is None else key
+        made = _record.attempt(mean, log_var, key, None, fast)
         if made:
-            return Reparameterized(*made)
-        if made is False and save_noise is None:
-            return Reparameterized._make(_apply(mean, log_var, key, None, True, fast, "cpp"))
+            return Reparameterized._make(made)
     mean, log_var = _checks.common(mean=mean, log_var=log_var)
     if noise is None:
         key = _checks.prepare_key(key, mean.shape[0], mean.device)

@@ -111,6 +111,70 @@ def test_the_instruction_set_in_use_is_the_one_that_runs():
     assert outputs[_native.current_isa()] is not None
 
 
+def _record(
+    backward: str = "dtype rows event like like null 0 wide like row >like >like 0 threads", takes: str = "i0 i1 o2 g0 g1"
+):
+    def longer(ctx, *grads):
+        calls.append([None if g is None else g.is_contiguous() for g in grads])
+        return *(torch.full_like(ctx.saved_tensors[0], 7.0) for _ in range(2)), None, None, None
+
+    calls: list = []
+    launches = (_native.Launch("reparameterize_fwd", FORWARD.replace(">wide", "null")), _launch())
+    backward_launch = _native.Launch("reparameterize_bwd", backward)
+    record = _native.Record(*launches, backward_launch, takes=takes, gives="o0 o1", returns=2, longer=longer)
+    return record, calls
+
+
+def test_a_record_has_the_gradients_of_the_reference():
+    record, calls = _record()
+    arguments = _arguments()
+    assert [t.grad_fn for t in record.attempt(*arguments)] == [None, None]
+    mean, log_var = (t.requires_grad_() for t in arguments[:2])
+    outputs = record.attempt(mean, log_var, *arguments[2:])
+    expected = ops.reparameterize(mean, log_var, arguments[2], backend="reference")
+    weights = [torch.randn(t.shape) for t in outputs]
+    for wanted in (slice(0, 2), slice(0, 1), slice(1, 2)):  # both outputs, or one alone
+        found, right = (
+            torch.autograd.grad(side[wanted], (mean, log_var), weights[wanted], retain_graph=True)
+            for side in (outputs, expected)
+        )
+        for a, b in zip(found, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert not calls
+
+
+def test_a_record_saves_what_it_keeps_once_and_notices_changes():
+    record, _ = _record()
+    mean, log_var, *rest = _arguments()
+    mean.requires_grad_()
+    z, _ = record.attempt(mean, log_var, *rest)
+    saved = z.grad_fn.saved_tensors
+    assert [t.data_ptr() for t in saved[:2]] == [mean.data_ptr(), log_var.data_ptr()]
+    torch.testing.assert_close(saved[2], ops.normal(mean.shape, rest[0]), rtol=0, atol=0)
+    log_var.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_the_long_way_back_where_gradients_are_not_plain(create_graph):
+    record, calls = _record()
+    mean, log_var, *rest = _arguments()
+    mean.requires_grad_(), log_var.requires_grad_()
+    z, _ = record.attempt(mean, log_var, *rest)
+    strided = torch.randn(3, 5, 6).permute(2, 1, 0)
+    grads = torch.autograd.grad(
+        z, (mean, log_var), torch.randn(z.shape) if create_graph else strided, create_graph=create_graph
+    )
+    assert calls == [[create_graph, None]]
+    assert all((g == 7).all() for g in grads)
+
+
+def test_launches_that_do_not_fit_each_other_are_refused():
+    with pytest.raises(ValueError, match="do not fit each other"):
+        _record(takes="i0 i1 o2 g0")[0].attempt(*_arguments())
+
+
 @pytest.mark.parametrize(
     ("plan", "error"),
     [("dtype rows", "does not fit the signature"), (FORWARD.replace("event", "events"), "unknown word in a plan: events")],
