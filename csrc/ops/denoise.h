@@ -62,6 +62,10 @@ struct LogVariance {
 template <class T, class M>
 INLINE void denoise_noise(const DenoiseInputs<T, M>& in, const Keys& keys, const Tile& tile, bool fast, float* out,
                           const Ahead& ahead = {}) {
+  if (in.coefficient_stride == 0) {
+    if (in.row(0).S != 0.0f) draw_tile<Normal>(keys, tile, fast, out, ahead);
+    return;
+  }
   for (int64_t r = 0; r < tile.rows;) {
     const int64_t first = r;
     while (r < tile.rows && in.row(tile.row + r).S != 0.0f) ++r;
