@@ -155,12 +155,12 @@ class Launch {
   // What a word says, and how plans spell it. From LIKE to NUMBER the caller gives it.
   enum Word {
     DTYPE, ROWS, EVENT, CHANNELS, THREADS, NONE, LITERAL,
-    LIKE, WIDE, ROW, WEIGHTS, TABLE4, KEY, FLAG, NUMBER,
+    LIKE, WIDE, ROW, WEIGHTS, HISTORY, TABLE4, TABLE5, KEY, FLAG, NUMBER,
     NEW_LIKE, NEW_WIDE, NEW_ROW,
   };
   static constexpr const char* WORDS[] = {
-      "dtype", "rows", "event", "channels", "threads", "null", "(literal)",      //
-      "like",  "wide", "row",   "weights",  "table4",  "key",  "flag", "number",  //
+      "dtype", "rows", "event", "channels", "threads", "null", "(literal)",                          //
+      "like",  "wide", "row",   "weights",  "history", "table4", "table5", "key", "flag", "number",  //
       ">like", ">wide", ">row",
   };
 
@@ -170,7 +170,7 @@ class Launch {
   struct Like {
     dlpack::Tensor tensor;
     int code = -1;
-    int64_t rows = 0, event = 1;
+    int64_t rows = 0, event = 1, past = 0;  // past: how many tensors like it the history holds
   };
 
   static int storage_code(const dlpack::Tensor& t) {
@@ -193,7 +193,8 @@ class Launch {
   }
 
   static bool is_given(Word word) { return LIKE <= word && word <= NUMBER; }
-  static size_t slots_of(Word word) { return word == WEIGHTS || word == TABLE4 || word == KEY ? 2 : 1; }
+  static bool is_table(Word word) { return word == TABLE4 || word == TABLE5; }
+  static size_t slots_of(Word word) { return word == WEIGHTS || word == HISTORY || is_table(word) || word == KEY ? 2 : 1; }
 
   // Whether a tensor is what the word says.
   static bool fits(Word word, const dlpack::Tensor& t, const Like& like) {
@@ -202,9 +203,12 @@ class Launch {
       const bool one = t.ndim == 1 && t.shape[0] == 4, many = t.ndim == 2 && t.shape[0] == like.rows && t.shape[1] == 4;
       return t.dtype.code == dlpack::INT && t.dtype.bits == 64 && (one || many);
     }
-    if (storage_code(t) != (word == LIKE ? like.code : 0)) return false;
-    if (word == TABLE4)
-      return (t.ndim == 1 && t.shape[0] == 4) || (t.ndim == 2 && t.shape[0] == like.rows && t.shape[1] == 4);
+    if (storage_code(t) != (word == LIKE || word == HISTORY ? like.code : 0)) return false;
+    if (word == HISTORY) return t.ndim == first.ndim + 1 && std::equal(first.shape, first.shape + first.ndim, t.shape + 1);
+    if (is_table(word)) {
+      const int64_t columns = word == TABLE4 ? 4 : 5 + like.past;
+      return (t.ndim == 1 && t.shape[0] == columns) || (t.ndim == 2 && t.shape[0] == like.rows && t.shape[1] == columns);
+    }
     if (word == WEIGHTS && t.ndim == 0) return true;
     if (word == ROW || word == WEIGHTS) return t.ndim == 1 && t.shape[0] == like.rows;
     return t.ndim == first.ndim && std::equal(t.shape, t.shape + t.ndim, first.shape);
@@ -255,7 +259,8 @@ class Launch {
         slot->pointer = address(t);
         if (word == KEY) (++slot)->integer = t.ndim == 2 ? like.rows : t.ndim;
         if (word == WEIGHTS) (++slot)->integer = t.ndim;
-        if (word == TABLE4) (++slot)->integer = t.ndim == 2 ? 4 : 0;
+        if (word == HISTORY) (++slot)->integer = like.past = t.ndim ? t.shape[0] : 0;
+        if (is_table(word)) (++slot)->integer = t.ndim == 2 ? t.shape[1] : 0;
       }
       ++slot;
     }

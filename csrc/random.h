@@ -17,14 +17,16 @@ struct Schedule {
   }
 };
 
-// The words of B blocks of LANES quartets, paired as Box-Muller takes them. What stands in which lane of a[0 .. 2B) and
-// b[0 .. 2B) is the business of `in_order`. The blocks go in step: one alone would wait for its own multiplications.
+// The words of B blocks of LANES quartets, paired as Box-Muller takes them: both pairs of each quartet, in a[0 .. 2B) and
+// b[0 .. 2B), where what stands in which lane is the business of `in_order`; or the first pair alone, in a[0 .. B) and
+// b[0 .. B), in the order of the counters. The blocks go in step: one alone would wait for its own multiplications.
 #if defined(__AVX2__)
 struct HalfCounters {  // every other counter of a vector, a word in each 64-bit lane
   vd c0, c1, c2, c3;
 };
-template <int B>
-INLINE void philox(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, const Schedule& key, vu (&a)[2 * B], vu (&b)[2 * B]) {
+template <int B, int PAIRS>
+INLINE void philox(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, const Schedule& key, vu (&a)[PAIRS],
+                   vu (&b)[PAIRS]) {
   HalfCounters half[2 * B];
   for (int i = 0; i < B; ++i) {
     half[2 * i] = {low_words(c0[i]), low_words(c1[i]), low_words(c2), low_words(c3)};
@@ -36,16 +38,26 @@ INLINE void philox(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, const Sch
       const vd first = multiply_low(c.c0, 0xD2511F53u), second = multiply_low(c.c2, 0xCD9E8D57u);
       c = {(second >> 32) ^ c.c1 ^ key.k0[round], second, (first >> 32) ^ c.c3 ^ key.k1[round], first};
     }
-  for (int i = 0; i < 2 * B; ++i) {  // words 0 and 2 of a counter side by side, and 1 and 3: so they need no transposition
-    const HalfCounters& c = half[i];
-    const vd first = multiply_low(c.c0, 0xD2511F53u), second = multiply_low(c.c2, 0xCD9E8D57u);
-    a[i] = join_high(second, first) ^ join_low(c.c1, c.c3) ^ bits<vu>(vd{} + key.last);
-    b[i] = join_low(second, first);
+  if constexpr (PAIRS == B) {
+    for (int i = 0; i < B; ++i) {  // words 0 of neighbours side by side, and words 1
+      const HalfCounters &even = half[2 * i], &odd = half[2 * i + 1];
+      const vd first = multiply_low(even.c2, 0xCD9E8D57u), second = multiply_low(odd.c2, 0xCD9E8D57u);
+      a[i] = join_high(first, second) ^ join_low(even.c1, odd.c1) ^ splat_u((uint32_t)key.k0[9]);
+      b[i] = join_low(first, second);
+    }
+  } else {
+    for (int i = 0; i < 2 * B; ++i) {  // words 0 and 2 of a counter side by side, and 1 and 3: no transposition is needed
+      const HalfCounters& c = half[i];
+      const vd first = multiply_low(c.c0, 0xD2511F53u), second = multiply_low(c.c2, 0xCD9E8D57u);
+      a[i] = join_high(second, first) ^ join_low(c.c1, c.c3) ^ bits<vu>(vd{} + key.last);
+      b[i] = join_low(second, first);
+    }
   }
 }
 #else
-template <int B>
-INLINE void philox(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, const Schedule& key, vu (&a)[2 * B], vu (&b)[2 * B]) {
+template <int B, int PAIRS>
+INLINE void philox(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, const Schedule& key, vu (&a)[PAIRS],
+                   vu (&b)[PAIRS]) {
   for (int i = 0; i < B; ++i) {
     vu w[4] = {c0[i], c1[i], c2, c3};
     for (int round = 0; round < 10; ++round) {
@@ -57,7 +69,9 @@ INLINE void philox(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, const Sch
       w[2] = high0 ^ w[3] ^ (uint32_t)key.k1[round];
       w[3] = low0;
     }
-    a[2 * i] = w[0], b[2 * i] = w[1], a[2 * i + 1] = w[2], b[2 * i + 1] = w[3];
+    constexpr int EACH = PAIRS / B;
+    a[EACH * i] = w[0], b[EACH * i] = w[1];
+    if constexpr (EACH == 2) a[2 * i + 1] = w[2], b[2 * i + 1] = w[3];
   }
 }
 #endif
@@ -95,9 +109,9 @@ INLINE void box_muller(const vu (&a)[P], const vu (&b)[P], vf (&x)[P], vf (&y)[P
   }
 #pragma GCC unroll 16
   for (int n = 0; n < 9; ++n) {
-    horner<E>(LOG, n, f, poly);
-    horner<E>(COS, n, square, cosine);
-    horner<E>(SIN, n, square, sine);
+    horner<E>(LOG, n, f, poly);  // the longest, which the square root waits for: the others fill the gaps in between
+    if (n % 2 == 0) horner<E>(COS, n / 2, square, cosine);
+    else horner<E>(SIN, n / 2, square, sine);
   }
   for (int i = 0; i < P; ++i) {
     const vf minus_2_log = multiply_add<E>(f[i], poly[i], exponent[i] * -1.3862943649291992f);
@@ -149,11 +163,11 @@ template <int N>
 struct Count {
   static constexpr int value = N;
 };
-// body(i, Count<B>) for blocks [i, i + B), until all `blocks` are done.
-template <class Body>
+// body(i, Count<B>) for blocks [i, i + B), until all `blocks` are done: B is MOST as long as there are so many.
+template <int MOST = STEP, class Body>
 INLINE void in_steps(int64_t blocks, Body&& body) {
   int64_t i = 0;
-  for (; STEP > 1 && i + STEP <= blocks; i += STEP) body(i, Count<STEP>{});
+  for (; MOST > 1 && i + MOST <= blocks; i += MOST) body(i, Count<MOST>{});
   for (; i < blocks; ++i) body(i, Count<1>{});
 }
 
@@ -170,15 +184,21 @@ INLINE void draw_blocks(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, cons
   }
 }
 
-// The first one or two elements of the quartets of B blocks, in the order of the lanes.
+// The first one or two elements of the quartets of B blocks.
 template <class Kind, class Math, int B>
 INLINE void draw_pairs(const vu (&c0)[B], const vu (&c1)[B], vu c2, vu c3, const Schedule& schedule, int64_t event,
                        float* out) {
-  vu a[2 * B], b[2 * B], first[B], second[B];
+  constexpr int S = B < STEP ? B : STEP;  // as many as Philox has registers for; Box-Muller has them for all
+  vu a[B], b[B];
   vf x[B], y[B];
-  philox(c0, c1, c2, c3, schedule, a, b);
-  for (int i = 0; i < B; ++i) first[i] = leading(a[2 * i], a[2 * i + 1]), second[i] = leading(b[2 * i], b[2 * i + 1]);
-  Kind::template draw<Math>(first, second, x, y);
+#pragma GCC unroll 2
+  for (int i = 0; i < B; i += S) {
+    vu part0[S], part1[S], first[S], second[S];
+    for (int k = 0; k < S; ++k) part0[k] = c0[i + k], part1[k] = c1[i + k];
+    philox(part0, part1, c2, c3, schedule, first, second);
+    for (int k = 0; k < S; ++k) a[i + k] = first[k], b[i + k] = second[k];
+  }
+  Kind::template draw<Math>(a, b, x, y);
   for (int i = 0; i < B; ++i) {
     vf low, high;
     interleave(x[i], y[i], low, high);
@@ -256,6 +276,13 @@ INLINE void draw_short_rows(const Keys& keys, int64_t first, int64_t rows, int64
   if (keys.count == 1 && lead.c1 <= 0xFFFFFFFFu - (uint32_t)rows) {  // counters are arithmetic
     const Schedule schedule(lead.seed_low, lead.seed_high);
     const vu c2 = splat_u(lead.c2), c3 = splat_u(lead.c3);
+    if (pairs) {  // nothing of what follows, and a counter word that is 0: the first two rounds are nearly constant
+      return in_steps<2 * STEP>(ceil_div(total, LANES), [&](int64_t block, auto blocks) INLINED {
+        vu c0[blocks.value], c1[blocks.value];
+        for (int i = 0; i < blocks.value; ++i) c0[i] = vu{}, c1[i] = order + (lead.c1 + (uint32_t)(LANES * (block + i)));
+        draw(LANES * block, c0, c1, c2, c3, schedule, blocks);
+      });
+    }
     const float inverse = 1.0f / (float)quartets;
     return in_steps(ceil_div(total, LANES), [&](int64_t block, auto blocks) INLINED {
       vu c0[blocks.value], c1[blocks.value];
@@ -297,7 +324,9 @@ struct alignas(64) TileNoise {
 template <class Kind, class Math>
 inline void draw_tile(const Keys& keys, const Tile& tile, float* out, const Ahead& ahead) {
   if (tile.count == 0) return;  // there may be no key at all: an empty tensor has no address
-  if (tile.count % (4 * LANES) == 0 || tile.count > 8 * LANES || tile.rows == 1) {
+  // where lanes need no arrangement by hand, they run over samples as long as the last block of a row matters
+  const int64_t short_row = keys.count == 1 && tile.count % 4 == 0 ? 32 * LANES : 8 * LANES;
+  if (tile.count % (4 * LANES) == 0 || tile.count > short_row || tile.rows == 1) {
     for (int64_t r = 0; r < tile.rows; ++r)  // what is written beyond a row is overwritten by the next
       draw_row<Kind, Math>(keys, tile.row + r, tile.begin, tile.count, out + r * tile.count, ahead.from(r * tile.count));
   } else {

@@ -457,15 +457,6 @@ INLINE void in_order(vf x0, vf y0, vf x1, vf y1, vf (&out)[4]) {
   transpose4(out[0], out[1], out[2], out[3]);
 #endif
 }
-// The first pair of every quartet, from words that stand as `in_order` takes them, in the order of the counters.
-INLINE vu leading(vu first, vu second) {
-#if defined(__AVX2__)
-  return join_low(bits<vd>(first), bits<vd>(second));
-#else
-  (void)second;
-  return first;
-#endif
-}
 INLINE vu natural_order() {
 #ifdef FASTGEN_ONE_LANE
   return 0;

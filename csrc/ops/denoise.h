@@ -62,6 +62,10 @@ struct LogVariance {
 template <class T, class M>
 INLINE void denoise_noise(const DenoiseInputs<T, M>& in, const Keys& keys, const Tile& tile, bool fast, float* out,
                           const Ahead& ahead = {}) {
+  if (in.coefficient_stride == 0) {
+    if (in.row(0).S != 0.0f) draw_tile<Normal>(keys, tile, fast, out, ahead);
+    return;
+  }
   for (int64_t r = 0; r < tile.rows;) {
     const int64_t first = r;
     while (r < tile.rows && in.row(tile.row + r).S != 0.0f) ++r;
@@ -177,9 +181,9 @@ INLINE void with_two_dtypes(int64_t dtype, int64_t model_dtype, Body&& body) {
 }
 
 inline void denoise_fwd(int64_t dtype, int64_t model_dtype, int64_t rows, int64_t event, const void* x,
-                        const void* model_out, int64_t model_stride, const float* coefficients, int64_t coefficient_stride,
-                        const int64_t* key, int64_t keys, const float* given, const void* history, int64_t past,
-                        int64_t guided, const float* guidance, double scale, double low, double high,
+                        const void* model_out, int64_t model_stride, const void* history, int64_t past,
+                        const float* coefficients, int64_t coefficient_stride, const int64_t* key, int64_t keys,
+                        const float* given, int64_t guided, const float* guidance, double scale, double low, double high,
                         const void* log_variance, int64_t variance_stride, const float* bounds, int64_t bounds_stride,
                         void* x_next, void* x0, int64_t fast, int64_t threads) {
   with_two_dtypes(dtype, model_dtype, [&](auto* t, auto* m) {

@@ -133,7 +133,9 @@ class Launch:
     threads, null, 0 ..     PyTorch's number of threads; a null pointer; the whole number as it stands
     like, wide, row         a tensor given by the caller: as the first; its shape in float32; [samples] in float32
     weights                 [samples] or [] in float32, and its number of dimensions: two arguments
+    history                 [H, ...], H tensors like the first, and H: two arguments
     table4                  coefficients in float32, [4] or [samples, 4], and the distance of two rows, 0 or 4: two arguments
+    table5                  the same with 5 + H columns, H being that of the history before it
     key                     a key, [4] or [samples, 4], and its number of rows: two arguments
     flag, number            a bool, a float given by the caller
     >like, >wide, >row      the same, allocated here and returned
@@ -188,8 +190,10 @@ class Launch:
                     flat.append(0 if value is None else value.numel() // 4)
                 elif word == "weights":
                     flat.append(0 if value is None else value.dim())
-                elif word == "table4":
-                    flat.append(0 if value.dim() == 1 else 4)
+                elif word == "history":
+                    flat.append(0 if value is None else len(value))
+                elif word in ("table4", "table5"):
+                    flat.append(0 if value.dim() == 1 else value.shape[1])
         kernel(self.name)(*flat)
         return tuple(outputs)
 

@@ -240,16 +240,57 @@ def _fill(
     if backend == "cpp":
         dtypes = _native.DTYPES
         _native.kernel("denoise_fwd")(
-            dtypes[x.dtype], dtypes[model_out.dtype], rows, event, x, memory, model_stride, coefficients,
-            _row_stride(coefficients), key, key.numel() // 4 if key is not None else 0, noise, history, past, guided, guidance,
-            scale, low, high, variance, variance_stride, bounds, _row_stride(bounds), x_next, x0, fast,
-            torch.get_num_threads(),
+            dtypes[x.dtype], dtypes[model_out.dtype], rows, event, x, memory, model_stride, history, past, coefficients,
+            _row_stride(coefficients), key, key.numel() // 4 if key is not None else 0, noise, guided, guidance, scale, low, high,
+            variance, variance_stride, bounds, _row_stride(bounds), x_next, x0, fast, torch.get_num_threads(),
         )  # fmt: skip
     else:
         _dispatch.triton_module("denoise").denoise_fwd(
             rows, event, x, memory, model_stride, coefficients, key, noise, history, past, guided, guidance, scale, low, high,
             variance, variance_stride, bounds, x_next, x0, fast,
         )  # fmt: skip
+
+
+_LAUNCHES = {
+    (out, x0): _native.Launch(
+        "denoise_fwd",
+        "dtype dtype rows event like like event history table5 key null null null null number number "
+        f"null null null null {out} {x0} flag threads",
+    )
+    for out in (">like", "like")
+    for x0 in ("null", ">like", "like")
+}
+"""The step of a network's output like the state, without guidance, by where x_next and x0 go."""
+
+
+def _launched(
+    x: Tensor,
+    model_out: Tensor,
+    coefficients: Tensor,
+    key: Tensor | None,
+    history: Tensor | None,
+    clamp: float | tuple[float, float] | None,
+    out: Tensor | tuple[Tensor, Tensor] | None,
+    return_x0: bool,
+    fast: bool,
+) -> Denoised | None:
+    """The step by a launch; None where something is not plain, and nothing has been done."""
+    if key is None or model_out is None or coefficients is None:  # a launch takes None for a null pointer
+        return None
+    low, high = _limits(clamp)
+    if out is None:
+        launch = _LAUNCHES[">like", ">like" if return_x0 else "null"]
+        made = launch.attempt(x, model_out, history, coefficients, key, low, high, fast)
+        return Denoised(made[0], made[1] if return_x0 else None) if made else None
+    if isinstance(out, Tensor):
+        launch = _LAUNCHES["like", ">like" if return_x0 else "null"]
+        made = launch.attempt(x, model_out, history, coefficients, key, low, high, out, fast)
+        return Denoised(out, made[0] if return_x0 else None) if isinstance(made, tuple) else None
+    to, room = out
+    if to is None or room is None or not return_x0:
+        return None
+    made = _LAUNCHES["like", "like"].attempt(x, model_out, history, coefficients, key, low, high, to, room, fast)
+    return Denoised(to, room) if isinstance(made, tuple) else None
 
 
 def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -426,6 +467,11 @@ def denoise(
     >>> x = torch.randn(8, 3, 16, 16)
     >>> x, x0 = denoise(x, torch.zeros_like(x), torch.tensor([1.0, -0.1, 0.4, 0.5, 0.1]), clamp=1.0)
     """
+    mode = _dispatch.launch_mode(backend, math)
+    if mode is not None and noise is None and guidance is None and log_variance is None:
+        made = _launched(x, model_out, coefficients, key, history, clamp, out, return_x0, mode)
+        if made is not None:
+            return made
     inputs = _prepare(x, model_out, coefficients, key, noise, history, guidance, clamp, log_variance)
     x = inputs.x
     differentiate = torch.is_grad_enabled() and (
