@@ -1,4 +1,4 @@
-"""Arrays as data: what shapes, dtypes and values mean, and `.npy` / `.npz` files.
+"""Arrays as data: what shapes, dtypes and values mean, and `.npy`, `.npz` and `.safetensors` files.
 
 ==================  =====================================================================
 shape               meaning
@@ -17,12 +17,14 @@ divided by 255 there too.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,6 +35,7 @@ __all__ = [
     "convert_channels",
     "fit_images",
     "load_arrays",
+    "read_arrays",
     "shape_text",
 ]
 
@@ -188,10 +191,29 @@ def _read_npy(path: Path) -> dict[str, NDArray[Any]]:
     raise ValueError("it is neither an .npy nor an .npz file")
 
 
-def load_arrays(path: Path) -> dict[str, tuple[NDArray[Any], NDArray[Any] | None]]:
-    """The arrays of a ``.npy`` or ``.npz`` file, all in memory.
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        return {**(file.metadata() or {}), **{key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118
 
-    An ``.npz`` holds samples as ``x`` (or ``arr_0``, or as its only array) and labels, if any, as ``y``; or the arrays
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """What a ``.npy`` (as ``x``), ``.npz`` or ``.safetensors`` file holds, by name, all in memory; of the last also the texts
+    in its header.
+
+    Raises:
+        ValueError: the file is damaged, or holds Python objects (never unpickled).
+    """
+    try:
+        return _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_npy(path)
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError, SafetensorError) as error:
+        reason = "it holds Python objects, which are never unpickled" if "pickle" in str(error) else str(error)
+        raise ValueError(f"cannot read {path}: {reason}") from error
+
+
+def load_arrays(path: Path) -> dict[str, tuple[NDArray[Any] | Tensor, NDArray[Any] | Tensor | None]]:
+    """The arrays of a ``.npy``, ``.npz`` or ``.safetensors`` file, all in memory.
+
+    One of many holds samples as ``x`` (or ``arr_0``, or as its only array) and labels, if any, as ``y``; or the arrays
     ``x_train``, ``x_test`` and, if there are labels, ``y_train`` and ``y_test``.
 
     Returns:
@@ -200,11 +222,7 @@ def load_arrays(path: Path) -> dict[str, tuple[NDArray[Any], NDArray[Any] | None
     Raises:
         ValueError: the file is damaged, holds Python objects (never unpickled) or none of these names.
     """
-    try:
-        arrays = _read_npy(path)
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, MemoryError) as error:
-        reason = "it holds Python objects, which are never unpickled" if "pickle" in str(error) else str(error)
-        raise ValueError(f"cannot read {path}: {reason}") from error
+    arrays = {key: value for key, value in read_arrays(path).items() if not isinstance(value, str)}
     if "x_train" in arrays and "x_test" in arrays:
         return {part: (arrays[f"x_{part}"], arrays.get(f"y_{part}")) for part in ("train", "test")}
     for key in ("x", "arr_0"):

@@ -18,6 +18,7 @@ from fastgen.data.arrays import load_arrays
 from fastgen.data.folder import FolderSource
 from fastgen.data.glyphs import load_glyphs
 from fastgen.data.packages import load_digits, load_mnist5k
+from fastgen.data.shards import find_shards, load_shards
 from fastgen.data.source import ArraySource, DatasetSource, Source, StreamSource, check_split, ranked_split
 from fastgen.data.torchvision import load_torchvision, torchvision_names
 from fastgen.data.toy import ToySource, toy_names
@@ -91,8 +92,8 @@ def describe(name: str) -> Entry:
     return _ENTRIES[name]
 
 
-def _load_file(path: Path, split: str, image_size: int | None, channels: int | None) -> ArraySource:
-    arrays = load_arrays(path)
+def _load_arrays(path: Path, split: str, image_size: int | None, channels: int | None) -> ArraySource:
+    arrays = {"all": (load_shards(path), None)} if path.is_dir() else load_arrays(path)
     if "all" in arrays:
         x, y = arrays["all"]
     else:
@@ -114,12 +115,12 @@ def _load(spec: str | Path, split: str, image_size: int | None, channels: int | 
         if spec.startswith("torchvision:"):
             return load_torchvision(spec, split=split, image_size=image_size, channels=channels)
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if path.is_dir() and not find_shards(path):
         return FolderSource(path, split=split, image_size=image_size, channels=channels)
-    if path.is_file():
-        if path.suffix.lower() not in (".npy", ".npz"):
-            raise ValueError(f"cannot read {path}: expected a folder of images, an .npy or an .npz file")
-        return _load_file(path, split, image_size, channels)
+    if path.exists():
+        if path.is_file() and path.suffix.lower() not in (".npy", ".npz", ".safetensors"):
+            raise ValueError(f"cannot read {path}: expected a folder of images, an .npy, .npz or .safetensors file")
+        return _load_arrays(path, split, image_size, channels)
     if isinstance(spec, Path) or os.sep in spec or path.suffix:
         raise FileNotFoundError(f"no such file or folder: {path}")
     if spec in torchvision_names():
@@ -132,7 +133,8 @@ def load(spec: str | Path, *, split: str = "train", image_size: int | None = Non
 
     Args:
         spec: one of :func:`names`; a folder of images (sub-folders are classes, see :mod:`fastgen.data.folder`); an
-            ``.npy`` or ``.npz`` file (see :func:`fastgen.data.arrays.load_arrays`); or ``torchvision:NAME@ROOT``. A
+            ``.npy``, ``.npz`` or ``.safetensors`` file (see :func:`fastgen.data.arrays.load_arrays`); a folder of shards (see
+            :mod:`fastgen.data.shards`), such as ``fastgen sample`` writes; or ``torchvision:NAME@ROOT``. A
             name wins over a path: write ``./mnist5k`` for a folder of that name.
         split: "train" or "test": disjoint and always the same. Folders with ``train`` and ``test`` inside,
             torchvision's sets and ``.npz`` files with ``x_train`` and ``x_test`` have their own; else test is a tenth.

@@ -74,8 +74,12 @@ def tabulate(
         device, dtype: of the state; a table for half precision is float32.
     """
     alpha, sigma = plan.alpha[:-1], plan.sigma[:-1]
-    estimate = estimate_rows(rows(alpha, sigma))
-    if plan.of == "slope":
+    given = rows(alpha, sigma)
+    estimate = estimate_rows(given)
+    if plan.of == "noise":
+        a, b, c, d = given.unbind(-1)
+        estimate = torch.stack([-c, a], -1) / (a * d - b * c)[..., None]
+    elif plan.of == "slope":
         scale = schedule.straight_scale(alpha, sigma)
         p, q = estimate.unbind(1)
         estimate = torch.stack([(1 - scale * p) / sigma, -scale * q / sigma], 1)

@@ -496,7 +496,8 @@ class DiffusionModel(Model):
     ) -> tuple[float | None, Callable[[Step], Tensor] | None]:
         """The clamp, and ``adjust`` behind dynamic thresholding."""
         if not sampler.clamps and (clamp or threshold is not None or adjust is not None):
-            raise ValueError(f"{type(sampler).__name__} combines slopes, not estimates of the data: it cannot change those")
+            kind = "noises" if getattr(sampler, "on", "data") == "noise" else "slopes"
+            raise ValueError(f"{type(sampler).__name__} combines {kind}, not estimates of the data: it cannot change those")
         if threshold is None:
             clamp = self.is_image and sampler.clamps if clamp is None else clamp
             return (1.0 if clamp else None), adjust

@@ -4,8 +4,9 @@ With the estimate of the data x0 made from the state x and the network's output,
 
     x_next = A x + B x0 + S z + sum_k C_k x0_k        (x0_k: the estimate k evaluations ago)
 
-so a sampler is a function from the steps (a :class:`fastgen.diffusion.schedules.Grid`) to rows (A, B, S, C_1 .. C_H), one per
-evaluation of the network, in float64. :mod:`fastgen.diffusion.loop` runs them. Three remarks make everything fit:
+or the same in estimates of the noise or of the slope, so a sampler is a function from the steps (a
+:class:`fastgen.diffusion.schedules.Grid`) to rows (A, B, S, C_1 .. C_H), one per evaluation of the network, in float64.
+:mod:`fastgen.diffusion.loop` runs them. Four remarks make everything fit:
 
 * **Euler is DDIM.** The line through (x, x0) is straight in every coordinate in which x / s moves by sigma / s, so one Euler
   step of the probability flow from sigma to sigma' is sigma'/sigma x + (alpha' - alpha sigma'/sigma) x0, be it in the
@@ -14,12 +15,14 @@ evaluation of the network, in float64. :mod:`fastgen.diffusion.loop` runs them. 
   on that line; the correction is then w (x0_1 - x0) on top of x. UniPC's corrected state differs from its predicted one by a
   combination of estimates alone.
 * **Churn belongs to the step before.** Noise that is added ahead of an evaluation is added at the end of the last row.
+* **A solver on the noise is one on the data, mirrored.** In x = alpha x0 + sigma eps the two play the same part: exchange
+  alpha and sigma, and the rows of DPM-Solver++ and UniPC are those of DPM-Solver and of UniPC on eps.
 
 Sources: Ho et al. (2020), algorithm 2; Nichol and Dhariwal (2021), eq. 15; Song et al. (2021), "Denoising diffusion implicit
-models", eq. 12 and 16; Karras et al. (2022), algorithms 1 and 2; Lu et al. (2022), "DPM-Solver++", algorithm 2 and its SDE
-form; Song et al. (2021), "Score-based generative modeling through stochastic differential equations", algorithms 2 to 5; Zhao
-et al. (2023), "UniPC", algorithms 5 to 8; Lugmayr et al. (2022), "RePaint"; Crowson (2022), k-diffusion (ancestral Euler,
-linear multistep).
+models", eq. 12 and 16; Karras et al. (2022), algorithms 1 and 2; Lu et al. (2022), "DPM-Solver" and "DPM-Solver++", algorithm
+2 and its SDE form; Song et al. (2021), "Score-based generative modeling through stochastic differential equations", algorithms
+2 to 5; Zhao et al. (2023), "UniPC", algorithms 5 to 8; Lugmayr et al. (2022), "RePaint"; Crowson (2022), k-diffusion
+(ancestral Euler, linear multistep).
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from torch import Tensor
 from fastgen.diffusion.schedules import Grid
 
 Layout = Literal["index", "stride", "sigma", "solver"]
+Estimate = Literal["data", "noise"]
 
 __all__ = [
     "DDIM",
@@ -48,9 +52,11 @@ __all__ = [
     "SAMPLERS",
     "Consistency",
     "DPMSolver",
+    "Estimate",
     "Euler",
     "EulerAncestral",
     "Heun",
+    "Layout",
     "Plan",
     "PredictorCorrector",
     "Sampler",
@@ -58,6 +64,8 @@ __all__ = [
     "differences",
     "half_log_snr",
     "make_sampler",
+    "mirrored",
+    "on_noise",
     "resampled",
 ]
 
@@ -75,8 +83,8 @@ class Plan(NamedTuple):
     """[E, 3 + H]: (A, B, S, C_1 .. C_H)."""
     bounds: Tensor | None = None
     """[E, 2]: logarithms of the smallest and the largest variance where the network learns it between the two."""
-    of: Literal["data", "slope"] = "data"
-    """What the rows combine: estimates of the data, or slopes (x - s x0) / sigma of the path."""
+    of: Literal["data", "noise", "slope"] = "data"
+    """What the rows combine: estimates of the data, of the noise, or slopes (x - s x0) / sigma of the path."""
 
 
 def _forward(grid: Grid) -> tuple[Tensor, Tensor]:
@@ -96,6 +104,21 @@ def half_log_snr(alpha: Tensor, sigma: Tensor) -> Tensor:
     return alpha.log() - sigma.log()
 
 
+def mirrored(grid: Grid) -> Grid:
+    """The steps with data and noise in each other's place: what a solver on the noise sees."""
+    return grid._replace(alpha=grid.sigma, sigma=grid.alpha, next_alpha=grid.next_sigma, next_sigma=grid.next_alpha)
+
+
+def on_noise(plan: Plan) -> Plan:
+    """The plan on the noise that a plan of :func:`mirrored` steps stands for."""
+    return plan._replace(alpha=plan.sigma, sigma=plan.alpha, of="noise")
+
+
+def _check_estimate(on: str, grid: Grid) -> None:
+    if on == "noise" and bool((grid.alpha == 0).any()):
+        raise ValueError("a solver on the noise cannot start where alpha is 0: there x is the noise, whatever the data")
+
+
 def _interleave(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack([first, second], 1).flatten(0, 1)
 
@@ -104,12 +127,15 @@ class Sampler(abc.ABC):
     """A sampling method with its options.
 
     Attributes:
-        clamps: whether it may clamp its estimates; a method that combines slopes cannot.
         layout: which of diffusers' layouts of steps its counterpart upstream has, for ``compat="diffusers"``.
     """
 
-    clamps: ClassVar[bool] = True
     layout: ClassVar[Layout] = "sigma"
+
+    @property
+    def clamps(self) -> bool:
+        """Whether estimates of the data may be clamped; a method that combines slopes or noises has none."""
+        return True
 
     @abc.abstractmethod
     def plan(self, grid: Grid) -> Plan:
@@ -288,11 +314,14 @@ class LMS(Sampler):
     """Linear multistep (Adams-Bashforth on uneven steps): the polynomial through the last ``order`` slopes, integrated."""
 
     order: int = 4
-    clamps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.order <= 8:
             raise ValueError(f"order must be in 1 .. 8, got {self.order}")
+
+    @property
+    def clamps(self) -> bool:
+        return False
 
     def plan(self, grid: Grid) -> Plan:
         straight = grid.schedule.straight_scale
@@ -324,18 +353,21 @@ def _lagrange_integrals(nodes: list[float], low: float, high: float) -> list[flo
 
 @dataclasses.dataclass(frozen=True)
 class DPMSolver(Sampler):
-    """DPM-Solver++ on the data, multistep: 2M and 3M, or with ``stochastic`` 2M-SDE and 3M-SDE.
+    """DPM-Solver++, multistep: 2M and 3M, or with ``stochastic`` 2M-SDE and 3M-SDE; on the noise, DPM-Solver.
 
     Args:
         order: 1 to 3; the first steps, and a last step to the data, are of as much as there are estimates for. Order 3 is
             exact for a parabola; the published code, k-diffusion and diffusers weigh its curvature by half.
         stochastic: solve the SDE instead of the probability flow.
         solver: how steps of the second order are integrated, "midpoint" or "heun".
+        on: what the polynomial goes through: estimates of the "data", which may be clamped and stay bounded under guidance, or
+            of the "noise" (DPM-Solver; where it is stochastic up to order 2).
     """
 
     order: int = 2
     stochastic: bool = False
     solver: Literal["midpoint", "heun"] = "midpoint"
+    on: Estimate = "data"
     layout: ClassVar[Layout] = "solver"
 
     def __post_init__(self) -> None:
@@ -343,28 +375,45 @@ class DPMSolver(Sampler):
             raise ValueError(f"order must be 1, 2 or 3, got {self.order}")
         if self.solver not in ("midpoint", "heun"):
             raise ValueError(f"solver must be 'midpoint' or 'heun', got {self.solver!r}")
+        if self.on not in ("data", "noise"):
+            raise ValueError(f"on must be 'data' or 'noise', got {self.on!r}")
+        if self.on == "noise" and self.stochastic and self.order == 3:
+            raise ValueError("order must be 1 or 2 for the stochastic solver on the noise, got 3")
+
+    @property
+    def clamps(self) -> bool:
+        return self.on == "data"
 
     def plan(self, grid: Grid) -> Plan:
         return self.plan_of_orders(grid, [min(self.order, step + 1) for step in range(len(grid.time))])
 
     def plan_of_orders(self, grid: Grid, orders: Sequence[int]) -> Plan:
         """The plan with each step of an order of its own, at most as many as there are estimates by then."""
+        _check_estimate(self.on, grid)
+        if self.on == "noise":
+            plan = _plan(mirrored(grid), self._integrated(mirrored(grid), orders, stochastic=False))
+            return on_noise(plan._replace(rows=self._diffusing(grid, plan.rows)) if self.stochastic else plan)
+        return _plan(grid, self._integrated(grid, orders, self.stochastic))
+
+    def _integrated(self, grid: Grid, orders: Sequence[int], stochastic: bool) -> Tensor:
         here = half_log_snr(grid.alpha, grid.sigma)
         h = half_log_snr(grid.next_alpha, grid.next_sigma) - here
-        width = 2 * h if self.stochastic else h
+        width = 2 * h if stochastic else h
         share = -torch.expm1(-width)
         keep = grid.next_sigma / grid.sigma
-        if self.stochastic:
-            keep = keep * torch.exp(-h)
-        noise = grid.next_sigma * share.sqrt() if self.stochastic else torch.zeros_like(h)
         # integrals over the step of 1, of the share of it that is done, and of its square
         value = grid.next_alpha * share
         slope = grid.next_alpha * (1 - share / width)
         curvature = grid.next_alpha - 2 * slope / width
+        if stochastic:
+            keep, noise = keep * torch.exp(-h), grid.next_sigma * share.sqrt()
+        else:
+            noise = torch.zeros_like(h)
+            value = torch.where(torch.isfinite(h), value, grid.next_alpha - keep * grid.alpha)
         rows = torch.zeros(len(h), 3 + self.order - 1, dtype=torch.float64)
         rows[:, 0], rows[:, 1], rows[:, 2] = keep, value, noise
         for step, order in enumerate(orders):
-            if order == 1 or not bool(torch.isfinite(h[step]) & torch.isfinite(here[step - 1])):
+            if order == 1 or not bool(torch.isfinite(h[step]) & (h[step] != 0) & torch.isfinite(here[step - 1])):
                 continue
             combined = torch.zeros(self.order, dtype=torch.float64)
             first, second = differences(here, h, step, order)
@@ -374,7 +423,18 @@ class DPMSolver(Sampler):
                 combined[:3] = slope[step] * first + curvature[step] * second
             rows[step, 1] += combined[0]
             rows[step, 3:] += combined[1:]
-        return _plan(grid, rows)
+        return rows
+
+    @staticmethod
+    def _diffusing(grid: Grid, rows: Tensor) -> Tensor:
+        """The SDE on the noise: it goes twice as far towards the data, and back half of the way by chance; but not from its
+        last step to the data itself, which has no noise."""
+        h = half_log_snr(grid.next_alpha, grid.next_sigma) - half_log_snr(grid.alpha, grid.sigma)
+        twice = torch.isfinite(h)
+        rows = rows.clone()
+        rows[:, 1:] *= torch.where(twice, 2.0, 1.0)[:, None]
+        rows[:, 2] = torch.where(twice, grid.next_sigma * torch.expm1(2 * h).sqrt(), 0.0)
+        return rows
 
 
 def differences(here: Tensor, h: Tensor, step: int, order: int) -> tuple[Tensor, Tensor]:
@@ -398,12 +458,14 @@ class UniPC(Sampler):
         solver: which B.
         lower_order_final: whether the order falls to 1 over the last steps, which are unstable otherwise.
         uncorrected: steps, counted from 0, whose result is left as predicted, as with strong guidance at first.
+        on: whether estimates of the "data" or of the "noise" are combined.
     """
 
     order: int = 2
     solver: Literal["bh2", "bh1"] = "bh2"
     lower_order_final: bool = True
     uncorrected: tuple[int, ...] = ()
+    on: Estimate = "data"
     layout: ClassVar[Layout] = "solver"
 
     def __post_init__(self) -> None:
@@ -411,6 +473,12 @@ class UniPC(Sampler):
             raise ValueError(f"order must be 1, 2 or 3, got {self.order}")
         if self.solver not in ("bh1", "bh2"):
             raise ValueError(f"solver must be 'bh1' or 'bh2', got {self.solver!r}")
+        if self.on not in ("data", "noise"):
+            raise ValueError(f"on must be 'data' or 'noise', got {self.on!r}")
+
+    @property
+    def clamps(self) -> bool:
+        return self.on == "data"
 
     def _combination(self, places: list[float], h: float, alpha: float) -> list[float]:
         """Weights of the estimates at ``places`` in log-SNR, measured from the start in steps; the start's own comes first.
@@ -432,28 +500,63 @@ class UniPC(Sampler):
         others = [-alpha * scale * weight / place for weight, place in zip(weights, places, strict=True)]
         return [-alpha * growth - sum(others), *others]
 
-    def plan(self, grid: Grid) -> Plan:
+    def _weights(self, grid: Grid) -> list[tuple[float, list[float], list[float] | None]]:
+        """Of each step what is kept of the state, and the weights of the estimates, newest first, for its prediction; and for
+        its correction, where the estimate at its end comes before them."""
         here = half_log_snr(grid.alpha, grid.sigma).tolist()
         there = half_log_snr(grid.next_alpha, grid.next_sigma).tolist()
-        keep = (grid.next_sigma / grid.sigma).tolist()
-        count, alphas = len(here), grid.next_alpha.tolist()
-        rows = torch.zeros(count, 3 + self.order, dtype=torch.float64)
-        correction = torch.zeros(self.order + 1, dtype=torch.float64)  # of the state by the estimates, newest first
-        for i in range(count):
+        keeps, alphas = (grid.next_sigma / grid.sigma).tolist(), grid.next_alpha.tolist()
+        straight = (grid.next_alpha - grid.next_sigma / grid.sigma * grid.alpha).tolist()
+        count = len(here)
+        out: list[tuple[float, list[float], list[float] | None]] = []
+        for i, (keep, alpha) in enumerate(zip(keeps, alphas, strict=True)):
             h = there[i] - here[i]
+            if not math.isfinite(h):
+                out.append((keep, [straight[i]], None))
+                continue
             order = min(self.order, i + 1, count - i if self.lower_order_final else self.order)
-            places = [(here[i - k] - here[i]) / h for k in range(1, order)] if math.isfinite(h) else []
+            places = [(here[i - k] - here[i]) / h for k in range(1, order)]
             places = [place for place in places if math.isfinite(place)]
-            predictor = self._combination(places, h, alphas[i])
-            row = keep[i] * correction
+            corrector = None
+            if i not in self.uncorrected:
+                start, *past, end = self._combination([*places, 1.0], h, alpha)
+                corrector = [end, start, *past]
+            out.append((keep, self._combination(places, h, alpha), corrector))
+        return out
+
+    def plan(self, grid: Grid) -> Plan:
+        _check_estimate(self.on, grid)
+        if self.on == "noise":
+            return on_noise(dataclasses.replace(self, on="data").plan(mirrored(grid)))
+        rows = torch.zeros(len(grid.time), 3 + self.order, dtype=torch.float64)
+        correction = torch.zeros(self.order + 1, dtype=torch.float64)  # of the state by the estimates, newest first
+        for i, (keep, predictor, corrector) in enumerate(self._weights(grid)):
+            row = keep * correction
             row[: len(predictor)] += torch.tensor(predictor, dtype=torch.float64)
-            rows[i, 0], rows[i, 1], rows[i, 3:] = keep[i], row[0], row[1:]
+            rows[i, 0], rows[i, 1], rows[i, 3:] = keep, row[0], row[1:]
             correction = torch.zeros_like(correction)
-            if math.isfinite(h) and i not in self.uncorrected:
-                start, *past, end = self._combination([*places, 1.0], h, alphas[i])
-                correction[0] = end
-                correction[1 : 2 + len(past)] = torch.tensor([start, *past], dtype=torch.float64)
+            if corrector is not None:
+                correction[: len(corrector)] = torch.tensor(corrector, dtype=torch.float64)
                 correction[1 : 1 + len(predictor)] -= torch.tensor(predictor, dtype=torch.float64)
+        return _plan(grid, rows)
+
+    def corrections(self, grid: Grid) -> Plan:
+        """The corrector alone, behind another method's predictions: rows that correct the state before each step, with one
+        column more, for the corrected state a step before."""
+        _check_estimate(self.on, grid)
+        if self.on == "noise":
+            return on_noise(dataclasses.replace(self, on="data").corrections(mirrored(grid)))
+        rows = torch.zeros(len(grid.time), 4 + self.order, dtype=torch.float64)
+        rows[0, 0] = 1.0
+        for row, (keep, _, corrector) in zip(rows[1:], self._weights(grid), strict=False):
+            if corrector is None:
+                row[0] = 1.0
+            else:
+                row[1], row[3 : 2 + len(corrector)], row[-1] = (
+                    corrector[0],
+                    torch.tensor(corrector[1:], dtype=torch.float64),
+                    keep,
+                )
         return _plan(grid, rows)
 
 

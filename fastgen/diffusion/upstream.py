@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastgen.diffusion.samplers import DDPM, DPMSolver, Plan, Sampler, differences, half_log_snr
+from fastgen.diffusion.samplers import DDPM, DPMSolver, Plan, Sampler, differences, half_log_snr, mirrored
 from fastgen.diffusion.schedules import Discrete, Grid, Levels, Schedule, Spacing, noise_levels
 
 __all__ = ["upstream_chain", "upstream_grid", "upstream_plan", "upstream_third_order"]
@@ -112,14 +112,17 @@ def upstream_grid(
     return Grid.through(schedule, *(torch.cat(pair) for pair in zip((time, alpha, sigma), last_point, strict=True)))
 
 
-def upstream_third_order(grid: Grid, steps: Iterable[int], *, stochastic: bool) -> Tensor:
+def upstream_third_order(grid: Grid, steps: Iterable[int], sampler: DPMSolver) -> Tensor:
     """What upstream's third order differs by in the rows of these steps: it weighs the curvature of the estimate by half of its
     integral, and less by alpha where it solves the SDE (-1/2 in place of +1/2)."""
+    if sampler.on == "noise":
+        grid = mirrored(grid)
+    stochastic = sampler.stochastic
     here, rows = half_log_snr(grid.alpha, grid.sigma), torch.zeros(len(grid.time), 5, dtype=torch.float64)
     h = half_log_snr(grid.next_alpha, grid.next_sigma) - here
     width = 2 * h if stochastic else h
     for step in steps:
-        if bool(torch.isfinite(h[step])):
+        if bool(torch.isfinite(h[step]) & (h[step] != 0)):
             _, second = differences(here, h, step, 3)
             w = width[step]
             half = 0.5 - (1 + torch.expm1(-w) / w) / w
@@ -132,7 +135,7 @@ def upstream_plan(sampler: Sampler, grid: Grid) -> Plan:
     of it, with a learned one between that and 1e-20; its solver of third order is as :func:`upstream_third_order` says."""
     plan = sampler.plan(grid)
     if isinstance(sampler, DPMSolver) and sampler.order == 3:
-        more = upstream_third_order(grid, range(2, len(grid.time)), stochastic=sampler.stochastic)
+        more = upstream_third_order(grid, range(2, len(grid.time)), sampler)
         plan = plan._replace(rows=plan.rows + more)
     if isinstance(sampler, DDPM) and sampler.variance != "small" and float(grid.time[-1]) > 0:
         large, rows = 1 - grid.alpha[-1].square(), plan.rows.clone()

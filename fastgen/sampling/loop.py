@@ -162,8 +162,9 @@ def sample(
         format: of the files in a folder: "png", one per image, named by its id; "npz" or "safetensors", shards named by
             their first and last id (arrays ``x``, float32, and ``ids``). None: PNG for images, else npz.
         shard_size: samples in a shard; None: as many as make 64 MB.
-        resume: leave out the files that an interrupted run of the same weights, seed and options has written; with
-            ``micro_batch`` the result then has the same bits as a run at one go.
+        resume: leave out the files that an interrupted or shorter run of the same weights, seed and options has written; its
+            last shard, where that is not full, is written anew. With ``micro_batch`` the result has the same bits as a run at
+            one go.
         device: where to draw; None for the model's device, for a directory CUDA where there is one, else the CPU.
         progress: show a bar on stderr.
         **options: of the model's ``sample``. Images to start from (``init``), to complete (``inpaint``) and masks (``mask``,

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgen._extras import require
+from fastgen.data.arrays import read_arrays
+from fastgen.data.shards import find_shards, shard_name
 from fastgen.sampling import images, planes
 from fastgen.training import checkpoint
 
@@ -138,6 +140,7 @@ class _ShardFolder:
         self._path, self._kind, self._run = path, kind, run
         path.mkdir(parents=True, exist_ok=True)
         shards = [ids[first : first + size] for first in range(0, len(ids), size)]
+        self._replaced = self._partial(shards) if resume else {}
         left = [shard for shard in shards if not (resume and _is_done(self._file(shard), kind, run))]
         self.pending = ids if len(left) == len(shards) else [i for shard in left for i in shard]
         self._shards = deque(left)
@@ -145,7 +148,28 @@ class _ShardFolder:
         self._filled = 0
 
     def _file(self, shard: Sequence[int]) -> Path:
-        return self._path / f"{shard[0]:08d}-{shard[-1]:08d}.{self._kind}"
+        return self._path / shard_name(shard, self._kind)
+
+    def _partial(self, shards: list[Sequence[int]]) -> dict[Path, list[Path]]:
+        """Files that hold the first samples of a shard alone, the last of a shorter run, by the file that takes their place.
+
+        Raises:
+            ValueError: a file that shares samples with the shards in any other way.
+        """
+        files = {self._file(shard) for shard in shards}
+        found: dict[Path, list[Path]] = {}
+        for path, (low, high) in find_shards(self._path).items():
+            if path in files or path.suffix != f".{self._kind}":
+                continue
+            for shard in shards:
+                if max(shard) < low or min(shard) > high or not _is_done(path, self._kind, self._run):
+                    continue
+                ids = torch.as_tensor(read_arrays(path)["ids"]).tolist()
+                if ids == list(shard[: len(ids)]):
+                    found.setdefault(self._file(shard), []).append(path)
+                elif set(ids) & set(shard):
+                    raise ValueError(f"{path} is no shard of this n and shard_size: resume with those it was written with")
+        return found
 
     def add(self, ids: Sequence[int], x: Tensor) -> None:
         x = x.detach().float().cpu()
@@ -164,6 +188,8 @@ class _ShardFolder:
             _save_npz(path, x=x.numpy(), ids=ids.numpy(), run=np.array(self._run))
         else:
             checkpoint.write(path, {"x": x, "ids": ids}, {"run": self._run})
+        for partial in self._replaced.get(path, ()):
+            partial.unlink()
         self._x, self._filled = [], 0
 
     def finish(self) -> Path:
@@ -172,8 +198,11 @@ class _ShardFolder:
 
 def _save_npz(path: Path, **arrays: NDArray[Any]) -> None:
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # given a name, NumPy would add to it
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+        # np.savez writes the time of day too, so that no two files are the same
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for name, array in arrays.items():
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
 
     checkpoint.write_atomic(path, write)
 

@@ -72,6 +72,12 @@ def between(schedule, steps, first, last):
         (UniPC(2), 2),
         (UniPC(3), 2),
         (UniPC(2, solver="bh1"), 2),
+        (DPMSolver(1, on="noise"), 1),
+        (DPMSolver(2, on="noise"), 2),
+        (DPMSolver(2, solver="heun", on="noise"), 2),
+        (DPMSolver(3, on="noise"), 2),
+        (UniPC(2, on="noise"), 2),
+        (UniPC(2, lower_order_final=False, on="noise"), 2),
     ],
     ids=str,
 )
@@ -115,6 +121,9 @@ def test_order_of_convergence_to_the_probability_flow(sampler, order, name):
         (DPMSolver(2, stochastic=True), 2),
         (DPMSolver(2, stochastic=True, solver="heun"), 2),
         (DPMSolver(3, stochastic=True), 2),
+        (DPMSolver(1, stochastic=True, on="noise"), 1),
+        (DPMSolver(2, stochastic=True, on="noise"), 2),
+        (DPMSolver(2, stochastic=True, solver="heun", on="noise"), 2),
     ],
     ids=str,
 )
@@ -260,6 +269,18 @@ def test_one_step_goes_to_the_estimate():
                 torch.testing.assert_close(rows[-1, :3], torch.tensor([0.0, 1.0, 0.0]).double())
 
 
+@pytest.mark.parametrize("method", [DPMSolver(3, on="noise"), DPMSolver(2, True, on="noise"), UniPC(3, on="noise")], ids=str)
+def test_solvers_on_the_noise_end_at_the_estimate_of_the_data(method):
+    for name in ("chain", "vp", "karras"):
+        plan = method.plan(SCHEDULES[name][0].grid(1))
+        alpha, sigma = float(plan.alpha[0]), float(plan.sigma[0])
+        torch.testing.assert_close(plan.rows[0, :3], torch.tensor([1 / alpha, -sigma / alpha, 0.0]).double())
+        assert bool(method.plan(SCHEDULES[name][0].grid(20)).rows.isfinite().all())
+    assert not method.clamps
+    with pytest.raises(ValueError, match="on the noise cannot start where alpha is 0"):
+        method.plan(Flow().grid(5))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -273,6 +294,9 @@ def test_one_step_goes_to_the_estimate():
         (lambda: LMS(0), "order must be in 1 .. 8"),
         (lambda: DPMSolver(4), "order must be 1, 2 or 3, got 4"),
         (lambda: DPMSolver(solver="rk"), "solver must be 'midpoint' or 'heun'"),
+        (lambda: DPMSolver(on="slope"), "on must be 'data' or 'noise', got 'slope'"),
+        (lambda: DPMSolver(3, stochastic=True, on="noise"), "order must be 1 or 2 for the stochastic solver on the noise"),
+        (lambda: UniPC(on="slope"), "on must be 'data' or 'noise', got 'slope'"),
         (lambda: UniPC(4), "order must be 1, 2 or 3"),
         (lambda: UniPC(solver="bh3"), "solver must be 'bh1' or 'bh2'"),
     ],

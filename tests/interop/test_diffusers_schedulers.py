@@ -15,15 +15,27 @@ from fastgen.interop import diffusers as ours
 
 diffusers = pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*algorithm_types dpmsolver:FutureWarning"),
+]
 
 STEPS = 50
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 V = {"prediction_type": "v_prediction"}
 X0 = {"prediction_type": "sample"}
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+CLEAN = {"final_sigmas_type": "sigma_min"}
+NOISE = {"algorithm_type": "dpmsolver", **CLEAN}
 SVD = {"sigma_min": 0.002, "sigma_max": 700.0}
 NAMES = [name for name in ours.__all__ if name.endswith("Scheduler")]
+INTERNALS = {
+    *("alpha_t", "sigma_t", "lambda_t", "is_scale_input_called", "use_karras_sigmas", "use_exponential_sigmas"),
+    *("use_beta_sigmas", "one", "custom_timesteps", "variance_type", "predict_x0", "solver_p", "disable_corrector"),
+    *("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order", "derivatives", "prev_derivative"),
+    *("dt", "sample"),
+}
+"""What diffusers' schedulers keep for themselves in attributes without an underscore; no general pipeline reads it."""
 CASES = [
     ("DDPMScheduler", {}),
     ("DDPMScheduler", {**V, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "clip_sample": False}),
@@ -68,6 +80,15 @@ CASES = [
     ("DPMSolverMultistepScheduler", {**SD, "use_beta_sigmas": True}),
     ("DPMSolverMultistepScheduler", {**FLOW, "flow_shift": 3.0}),
     ("DPMSolverMultistepScheduler", {**FLOW, "algorithm_type": "sde-dpmsolver++", "final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", {**NOISE, **SD}),
+    ("DPMSolverMultistepScheduler", {**NOISE, **V, "solver_type": "heun", "timestep_spacing": "trailing"}),
+    ("DPMSolverMultistepScheduler", {**NOISE, **X0, "solver_order": 3, "thresholding": True, "sample_max_value": 2.0}),
+    ("DPMSolverMultistepScheduler", {**NOISE, **SD, "algorithm_type": "sde-dpmsolver"}),
+    ("DPMSolverMultistepScheduler", {**NOISE, **V, "algorithm_type": "sde-dpmsolver", "solver_type": "heun"}),
+    ("DPMSolverMultistepScheduler", {**NOISE, **X0, "algorithm_type": "sde-dpmsolver", "solver_order": 1}),
+    ("UniPCMultistepScheduler", {**SD, "predict_x0": False, "final_sigmas_type": "sigma_min"}),
+    ("UniPCMultistepScheduler", {**V, "predict_x0": False, "solver_order": 3, "timestep_spacing": "leading", **CLEAN}),
+    ("UniPCMultistepScheduler", {**X0, "predict_x0": False, "solver_type": "bh1", "disable_corrector": [0, 3], **CLEAN}),
     ("UniPCMultistepScheduler", {}),
     ("UniPCMultistepScheduler", {**SD, "disable_corrector": [0, 1, 7]}),
     ("UniPCMultistepScheduler", {**SD, "lower_order_final": False, "solver_order": 3, "final_sigmas_type": "sigma_min"}),
@@ -83,6 +104,8 @@ CASES = [
     ("FlowMatchEulerDiscreteScheduler", {"use_exponential_sigmas": True}),
     ("FlowMatchEulerDiscreteScheduler", {"use_beta_sigmas": True}),
     ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True, "shift": 2.0}),
+    ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True, "shift": 2.0}),
+    ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True, "stochastic_sampling": True}),
 ]
 
 
@@ -165,7 +188,7 @@ def test_trajectory(name, config):
     torch.testing.assert_close(mine.timesteps, theirs.timesteps, rtol=0, atol=1e-4)
     if hasattr(theirs, "sigmas"):
         torch.testing.assert_close(mine.sigmas, theirs.sigmas, rtol=4e-7, atol=0)
-    if config.get("solver_type") == "bh1":
+    if config.get("solver_type") == "bh1" and config.get("final_sigmas_type") != "sigma_min":
         # upstream's last step with it, to sigma 0, gives NaN
         assert expected.pop().isnan().all()
         assert got.pop().isfinite().all()
@@ -241,16 +264,67 @@ def test_generators_of_samples_and_injected_noise():
     assert_alike(trajectory(mine, 5, evaluate, x, generator=None, eta=0.6, variance_noise=noise), expected)
 
 
-def test_learned_variance():
-    theirs, mine = both("DDPMScheduler", variance_type="learned_range", timestep_spacing="trailing", steps_offset=0)
+@pytest.mark.parametrize(("kind", "spread"), [("learned_range", torch.tanh), ("learned", lambda x: 1e-3 * torch.sigmoid(x))])
+def test_learned_variance(kind, spread):
+    theirs, mine = both("DDPMScheduler", variance_type=kind, timestep_spacing="trailing", steps_offset=0)
     widened(theirs, mine)
     base = network(theirs)
 
     def evaluate(x, t):
-        return torch.cat([base(x, t), torch.tanh(x)], 1)
+        return torch.cat([base(x, t), spread(x)], 1)
 
     x = start().double()
     assert_alike(trajectory(mine, x=x, evaluate=evaluate), trajectory(theirs, x=x, evaluate=evaluate))
+    with pytest.raises(ValueError, match="needs an output of 6 channels"):
+        mine.step(x, mine.timesteps[0], x)
+
+
+def test_large_variance_by_its_logarithm():
+    """Upstream takes the root of the logarithm, which is NaN."""
+    large, by_log = (ours.DDPMScheduler(variance_type=f"fixed_large{kind}") for kind in ("", "_log"))
+    evaluate = network(large)
+    for a, b in zip(trajectory(by_log, 5, evaluate), trajectory(large, 5, evaluate), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("config", [{}, {"solver_order": 3, "disable_corrector": [1, 4]}, {"predict_x0": False, **CLEAN}])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_another_scheduler_as_predictor(name, config):
+    """``solver_p``: UniPC corrects what another scheduler predicts, be it ours or diffusers'."""
+    spacing = {"timestep_spacing": "trailing"}
+    options = {"clip_sample": False} if name.startswith("DDIM") else {}
+
+    def made(library, predictor):
+        return library.UniPCMultistepScheduler(**SD, **spacing, **config, solver_p=predictor(**SD, **spacing, **options))
+
+    theirs = made(diffusers, getattr(diffusers, name))
+    evaluate = network(theirs)
+    expected = trajectory(theirs, 12, evaluate)
+    for predictor in (getattr(ours, name), getattr(diffusers, name)):
+        mine = made(ours, predictor)
+        assert_alike(trajectory(mine, 12, evaluate), expected)
+        assert_alike(trajectory(mine, 12, evaluate), expected)
+    corrected = trajectory(ours.UniPCMultistepScheduler(**SD, **spacing, **config), 12, evaluate)
+    assert (corrected[-3] - expected[-3]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_times_of_tokens(stochastic):
+    theirs, mine = both("FlowMatchEulerDiscreteScheduler", stochastic_sampling=stochastic, shift=2.0)
+    tokens, out = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    seen = []
+    for scheduler in (mine, theirs):
+        scheduler.set_timesteps(6)
+        x = tokens
+        for t in scheduler.timesteps:
+            times = torch.where(torch.arange(5) < 2, t * 0.3, t).expand(4, 5)
+            noise = {"generator": torch.Generator().manual_seed(1)}
+            x = scheduler.step(torch.tanh(out + x), t, x, per_token_timesteps=times, **noise).prev_sample
+            seen.append(x)
+        assert scheduler.step_index == 6
+    assert_alike(seen[:6], seen[6:])
+    with pytest.raises(ValueError, match=r"per_token_timesteps must be \[N, L\]"):
+        mine.step(out, mine.timesteps[0], tokens, per_token_timesteps=torch.ones(4, 3))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -368,6 +442,74 @@ def test_pipeline(name):
     torch.testing.assert_close(run(), theirs, rtol=1e-5, atol=1e-5)
     # and a pipeline that is made with ours
     assert type(diffusers.DDPMPipeline(unet(), pipe.scheduler).scheduler) is type(pipe.scheduler)
+
+
+class FlowPipeline(diffusers.DiffusionPipeline):
+    """A pipeline as users write it: any network, any scheduler, and only what both libraries' schedulers have."""
+
+    def __init__(self, scheduler, network):
+        super().__init__()
+        self.register_modules(scheduler=scheduler)
+        self.network = network
+
+    @torch.no_grad()
+    def __call__(self, x, steps, generator):
+        scheduler = self.scheduler
+        scheduler.set_timesteps(steps, device=x.device)
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        with self.progress_bar(total=len(scheduler.timesteps) // scheduler.order) as bar:
+            for i, t in enumerate(scheduler.timesteps):
+                shown = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+                options = {"generator": generator} if takes_generator else {}
+                x = scheduler.step(self.network(shown, t), t, x, **options, return_dict=False)[0]
+                if not (i + 1) % scheduler.order:
+                    bar.update()
+        return x
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pipeline_of_a_user(name, tmp_path):
+    pipe = FlowPipeline(getattr(diffusers, name)(), None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.network = network(pipe.scheduler)
+    expected = pipe(start(), 7, torch.Generator().manual_seed(0))
+    theirs, pipe.scheduler = pipe.scheduler, getattr(ours, name).from_config(pipe.scheduler.config)
+    assert_alike([pipe(start(), 7, torch.Generator().manual_seed(0))], [expected])
+    assert not {key for key in vars(theirs) if not key.startswith("_")} - {*dir(pipe.scheduler), *INTERNALS}
+    assert len(pipe.scheduler) == len(theirs)
+    # and back again, to be saved
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path)
+    again = getattr(ours, name).from_pretrained(tmp_path, subfolder="scheduler")
+    assert again.config.items() >= {k: v for k, v in theirs.config.items() if not k.startswith("_") and v}.items()
+
+
+def test_previous_times():
+    theirs, mine = both("DDPMScheduler")
+    for steps in (None, 7):
+        if steps:
+            theirs.set_timesteps(steps)
+            mine.set_timesteps(steps)
+        for t in mine.timesteps:
+            assert mine.previous_timestep(t) == int(theirs.previous_timestep(t))
+
+
+def test_configs_that_pipelines_amend():
+    scheduler = ours.DDIMScheduler(steps_offset=0, clip_sample=True)
+    scheduler._internal_dict = {**scheduler.config, "steps_offset": 1, "clip_sample": False}  # as StableDiffusionPipeline does
+    assert scheduler.config.steps_offset == 1
+    assert scheduler.config.clip_sample is False
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [751, 501, 251, 1]
+    scheduler.register_to_config(timestep_spacing="trailing")
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    with pytest.raises(ValueError, match="timestep_spacing must be one of"):
+        scheduler.register_to_config(timestep_spacing="random")
+    assert scheduler.config.timestep_spacing == "trailing"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -498,16 +640,16 @@ def test_half_precision(name):
         ("EulerDiscreteScheduler", {"use_beta_sigmas": True, "use_karras_sigmas": True}, "only one of use_karras_sigmas and"),
         ("EulerDiscreteScheduler", {"interpolation_type": "cubic"}, "interpolation_type must be 'linear' or 'log_linear'"),
         ("EulerDiscreteScheduler", {"timestep_type": "whole"}, "timestep_type must be 'discrete' or 'continuous'"),
-        ("DDPMScheduler", {"variance_type": "learned"}, "variance_type must be one of"),
+        ("DDPMScheduler", {"variance_type": "half"}, "variance_type must be one of"),
         ("DDPMScheduler", {"beta_schedule": "laplace"}, "beta_schedule must be one of"),
         ("DDIMScheduler", {"prediction_type": "noise"}, "prediction_type must be one of"),
         ("DDIMScheduler", {"timestep_spacing": "random"}, "timestep_spacing must be one of"),
         ("DPMSolverMultistepScheduler", {"solver_order": 4}, "solver_order must be 1, 2 or 3"),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, r"algorithm_type must be 'dpmsolver\+\+'"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "deis"}, "algorithm_type must be one of dpmsolver"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "needs final_sigmas_type='sigma_min', got 'zero'"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver", "solver_order": 3}, "1 or 2 for algorithm_type"),
         ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, "prediction_type must be one of epsilon"),
-        ("UniPCMultistepScheduler", {"predict_x0": False}, "predict_x0=False"),
         ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "final_sigmas_type": "sigma_min"}, "with an empty step"),
-        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas=True"),
         ("FlowMatchEulerDiscreteScheduler", {"use_beta_sigmas": True, "use_karras_sigmas": True}, "only one of"),
     ],
 )

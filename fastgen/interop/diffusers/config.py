@@ -78,6 +78,23 @@ class Configured:
         """What the object was made with: ``config.name``, ``config["name"]``, ``config.get("name")``."""
         return self._config
 
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Make these arguments the object's, as if it had been made with them: as pipelines amend configs of old.
+
+        Raises:
+            ValueError: for a value that this class does not support.
+        """
+        self.__dict__ = type(self).from_config(self._config, **kwargs).__dict__
+
+    @property
+    def _internal_dict(self) -> FrozenConfig:
+        """``config`` by the name under which pipelines amend it."""
+        return self._config
+
+    @_internal_dict.setter
+    def _internal_dict(self, config: Mapping[str, Any]) -> None:
+        self.register_to_config(**{name: value for name, value in config.items() if name != _UNSET})
+
     @classmethod
     def from_config(cls: type[_Self], config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """An object from the config of any scheduler, of this library or of diffusers; ``kwargs`` go before it.

@@ -17,11 +17,21 @@ from torch import Tensor
 from fastgen import ops, random
 from fastgen.diffusion.loop import tabulate
 from fastgen.diffusion.samplers import Layout, Plan, Sampler
-from fastgen.diffusion.schedules import Discrete, Grid, Levels, Schedule, Target, betas, target_rows, zero_terminal_snr
+from fastgen.diffusion.schedules import (
+    Discrete,
+    Grid,
+    Levels,
+    Schedule,
+    Target,
+    betas,
+    estimate_rows,
+    target_rows,
+    zero_terminal_snr,
+)
 from fastgen.diffusion.upstream import upstream_chain, upstream_grid, upstream_plan
 from fastgen.interop.diffusers.config import Configured
 
-__all__ = ["ChainScheduler", "Generators", "Scheduler", "SchedulerOutput"]
+__all__ = ["ChainScheduler", "Generators", "Scheduler", "SchedulerOutput", "drawn"]
 
 Generators = torch.Generator | list[torch.Generator]
 
@@ -75,7 +85,7 @@ class _Rows(NamedTuple):
     """The table of one trajectory on a device: a row, and what the host must know about it, for each step."""
 
     rows: tuple[Tensor, ...]
-    """(p, q, A, B, S, C_1 .. C_H); with thresholding (0, 1, A, ...)."""
+    """(p, q, A, B, S, C_1 .. C_H); with thresholding (p, q) take the estimate of the data in place of the output."""
     estimating: tuple[Tensor, ...]
     """Rows that give the estimate alone."""
     bounds: tuple[Tensor, ...] | None
@@ -88,13 +98,13 @@ class _Rows(NamedTuple):
     """Key of steps without noise."""
 
 
-def _drawn(like: Tensor, generator: Generators, dtype: torch.dtype) -> Tensor:
+def drawn(like: Tensor, generator: Generators, dtype: torch.dtype) -> Tensor:
     """Noise of the shape of ``like`` as diffusers draws it: on the generator's device, and sample by sample from a list."""
     if isinstance(generator, (list, tuple)):
         if len(generator) not in (1, len(like)):
             raise ValueError(f"{len(generator)} generators were given for {len(like)} samples")
         if len(generator) > 1:
-            return torch.cat([_drawn(part, each, dtype) for part, each in zip(like.split(1), generator, strict=True)])
+            return torch.cat([drawn(part, each, dtype) for part, each in zip(like.split(1), generator, strict=True)])
         generator = generator[0]
     return torch.randn(like.shape, generator=generator, device=generator.device, dtype=dtype).to(like.device)
 
@@ -201,9 +211,16 @@ class Scheduler(Configured):
             rows = rows * torch.stack([here, one, here / there, *[1 / there] * (rows.shape[1] - 3)], 1)
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         one, none = torch.ones(len(rows), 1, dtype=torch.float64), torch.zeros(len(rows), 1, dtype=torch.float64)
-        estimating = torch.cat([rows[:, :2], none, one, none], 1).to(device, wide).unbind()
+        of_data = rows[:, :2]
         if self._arguments.get("thresholding"):
-            rows = torch.cat([none, one, rows[:, 2:]], 1)
+            given = none, one
+            if plan.of == "noise":
+                # the estimate of the data is thresholded, and the noise is what is left of the state
+                alpha, sigma = plan.alpha[:-1, None], plan.sigma[:-1, None]
+                of_data = estimate_rows(self._target(plan.alpha[:-1], plan.sigma[:-1]))
+                given = 1 / sigma, -alpha / sigma
+            rows = torch.cat([*given, rows[:, 2:]], 1)
+        estimating = torch.cat([of_data, none, one, none], 1).to(device, wide).unbind()
         return _Rows(
             rows.to(device, wide).unbind(),
             estimating,
@@ -297,7 +314,7 @@ class Scheduler(Configured):
             raise ValueError(f"all {len(self.timesteps)} steps have been taken; call set_timesteps for another trajectory")
         row = table.rows[i]
         if noise is None and generator is not None and (table.noisy[i] or self._draws(index)):
-            noise = _drawn(sample, generator, self.noise_dtype or given)
+            noise = drawn(sample, generator, self.noise_dtype or given)
         key = None
         if not table.noisy[i]:
             noise, key = None, table.quiet
@@ -313,12 +330,12 @@ class Scheduler(Configured):
             )
             clamp = None
         history = slot = None
-        if beside is not None:
-            history = beside[None]
-        elif table.slots:
+        if table.slots:
             if self._history is None:
                 self._history = sample.new_zeros((table.slots, *sample.shape))
             history, slot = self._history, self._history[i % table.slots]
+        if beside is not None:
+            history = beside[None] if history is None else torch.cat([history, beside[None]])
         differentiate = torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad)
         into = None if slot is None or differentiate else (torch.empty_like(sample), slot)
         later = None

@@ -2,14 +2,16 @@
 
     pipe.scheduler = fastgen.interop.diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
 
+diffusers saves pipelines with schedulers of its own: go back by ``diffusers.DDIMScheduler.from_config(pipe.scheduler.config)``
+before ``pipe.save_pretrained``.
+
 Arguments, defaults, layouts of the steps and, with ``generator=``, the noise are those of diffusers 0.42.1, its errors and the
 rounding of its tables included where results depend on them (:mod:`fastgen.diffusion.upstream`). States of 50 steps in float32
 agree to 2e-6 of their scale with most, to 1.1e-5 with the worst configuration that is tested; what is left is the order of the
 last operations. An estimate of the data at high noise is a difference of large numbers on both sides, and agrees to 6e-5.
 
-An argument whose other values are not supported raises a ValueError that names it: ``algorithm_type`` without ``++`` and
-``predict_x0=False`` (the solvers on the noise), ``solver_p`` (another scheduler as predictor),
-``invert_sigmas``, ``variance_type`` "learned". ``DDIMScheduler(exact_steps=True)`` steps to the next of its own
+A value that upstream cannot use either raises a ValueError that names its argument.
+``DDIMScheduler(exact_steps=True)`` steps to the next of its own
 times, where diffusers' DDIM steps back by a fixed stride and, with linspace and trailing spacing, misses it.
 """
 
@@ -22,12 +24,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastgen import ops, random
 from fastgen.diffusion.samplers import (
     DDIM,
     DDPM,
     LMS,
     Consistency,
     DPMSolver,
+    Estimate,
     Euler,
     EulerAncestral,
     Heun,
@@ -35,11 +39,13 @@ from fastgen.diffusion.samplers import (
     Plan,
     Sampler,
     UniPC,
+    mirrored,
+    on_noise,
 )
 from fastgen.diffusion.schedules import Flow, Grid, noise_levels, target_rows
 from fastgen.diffusion.upstream import upstream_third_order
 from fastgen.interop.diffusers.config import recorded
-from fastgen.interop.diffusers.scheduler import ChainScheduler, Generators, Scheduler
+from fastgen.interop.diffusers.scheduler import ChainScheduler, Generators, Scheduler, SchedulerOutput, drawn
 
 __all__ = [
     "DDIMScheduler",
@@ -53,6 +59,7 @@ __all__ = [
     "UniPCMultistepScheduler",
 ]
 
+_ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
 _Betas = Sequence[float] | Tensor | None
 _Device = torch.device | str | None
 
@@ -77,7 +84,8 @@ class _Stateless(ChainScheduler):
 
 
 class DDPMScheduler(_Stateless):
-    """Ancestral sampling (Ho et al., 2020). Of the variances "learned" and "fixed_large_log" are not supported."""
+    """Ancestral sampling (Ho et al., 2020). ``variance_type`` "fixed_large_log" is "fixed_large": upstream takes the root of
+    its logarithm, which is NaN."""
 
     layout = "index"
 
@@ -108,11 +116,17 @@ class DDPMScheduler(_Stateless):
         "fixed_small": "small",
         "fixed_small_log": "small",
         "fixed_large": "large",
+        "fixed_large_log": "large",
+        "learned": "learned",
         "learned_range": "learned",
     }
 
     def _sampler(self) -> Sampler:
         return DDPM(self._variances[self._arguments["variance_type"]])  # type: ignore[arg-type]
+
+    def _plan(self, grid: Grid) -> Plan:
+        plan = super()._plan(grid)
+        return plan._replace(bounds=None) if self._arguments["variance_type"] == "learned" else plan
 
     def _draws(self, index: int) -> bool:
         return self._list[index] > 0
@@ -123,6 +137,11 @@ class DDPMScheduler(_Stateless):
         """Lay out the steps: how many, or their times, falling."""
         self._set_timesteps(num_inference_steps, device, timesteps)
 
+    def previous_timestep(self, timestep: int | Tensor) -> int:
+        """The time that a step from ``timestep`` goes to; -1 is the data."""
+        later = [*self._list, -1][self.index_for_timestep(timestep) + 1]
+        return int(later)
+
     def step(
         self,
         model_output: Tensor,
@@ -132,9 +151,16 @@ class DDPMScheduler(_Stateless):
         return_dict: bool = True,
     ) -> Any:
         """From ``timestep`` to the one before: ``prev_sample`` and ``pred_original_sample``."""
-        spread = None
-        if model_output.shape[1] == 2 * sample.shape[1] and self._arguments["variance_type"] == "learned_range":
+        spread, kind = None, self._arguments["variance_type"]
+        if kind.startswith("learned"):
+            if model_output.shape[1] != 2 * sample.shape[1]:
+                raise ValueError(
+                    f"variance_type={kind!r} needs an output of {2 * sample.shape[1]} channels, twice those of the sample, got "
+                    f"{model_output.shape[1]}"
+                )
             model_output, spread = model_output.chunk(2, 1)
+            if kind == "learned":
+                spread = spread.log()
         return self._step(
             model_output,
             timestep,
@@ -572,8 +598,8 @@ class _Solver(ChainScheduler):
 
 
 class DPMSolverMultistepScheduler(_Solver):
-    """DPM-Solver++ and its stochastic form, of order 1 to 3; the third as upstream has it, which is not quite of that order
-    (:class:`fastgen.diffusion.samplers.DPMSolver` is)."""
+    """DPM-Solver++, DPM-Solver on the noise ("dpmsolver") and their stochastic forms, of order 1 to 3; the third as upstream
+    has it, which is not quite of that order (:class:`fastgen.diffusion.samplers.DPMSolver` is)."""
 
     narrow = True
     noise_dtype = torch.float32
@@ -611,10 +637,14 @@ class DPMSolverMultistepScheduler(_Solver):
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
     ) -> None:
-        if algorithm_type not in ("dpmsolver++", "sde-dpmsolver++"):
-            raise ValueError(f"algorithm_type must be 'dpmsolver++' or 'sde-dpmsolver++', got {algorithm_type!r}")
+        if algorithm_type not in _ALGORITHMS:
+            raise ValueError(f"algorithm_type must be one of {', '.join(_ALGORITHMS)}, got {algorithm_type!r}")
         if solver_order not in (1, 2, 3):
             raise ValueError(f"solver_order must be 1, 2 or 3, got {solver_order}")
+        if algorithm_type == "sde-dpmsolver" and solver_order == 3:
+            raise ValueError("solver_order must be 1 or 2 for algorithm_type='sde-dpmsolver', got 3")
+        if not algorithm_type.endswith("++") and final_sigmas_type == "zero":
+            raise ValueError(f"algorithm_type={algorithm_type!r} needs final_sigmas_type='sigma_min', got 'zero'")
         # the names of other solvers' types mean the default, as upstream
         self._solver_type = "heun" if solver_type == "heun" else "midpoint"
         if solver_type not in ("midpoint", "heun", "logrho", "bh1", "bh2"):
@@ -624,10 +654,12 @@ class DPMSolverMultistepScheduler(_Solver):
 
     @property
     def _stochastic(self) -> bool:
-        return bool(self._arguments["algorithm_type"] == "sde-dpmsolver++")
+        return bool(self._arguments["algorithm_type"].startswith("sde-"))
 
     def _sampler(self) -> Sampler:
-        return DPMSolver(self._arguments["solver_order"], self._stochastic, self._solver_type)  # type: ignore[arg-type]
+        given = self._arguments
+        on: Estimate = "data" if given["algorithm_type"].endswith("++") else "noise"
+        return DPMSolver(given["solver_order"], self._stochastic, self._solver_type, on)  # type: ignore[arg-type]
 
     def _plan(self, grid: Grid) -> Plan:
         sampler, given, count = self._sampler(), self._arguments, len(grid.time)
@@ -641,7 +673,7 @@ class DPMSolverMultistepScheduler(_Solver):
         plan = sampler.plan_of_orders(grid, orders)
         if sampler.order == 3:
             third = [step for step, order in enumerate(orders) if order == 3]
-            plan = plan._replace(rows=plan.rows + upstream_third_order(grid, third, stochastic=sampler.stochastic))
+            plan = plan._replace(rows=plan.rows + upstream_third_order(grid, third, sampler))
         return plan
 
     def _draws(self, index: int) -> bool:
@@ -702,9 +734,13 @@ class DPMSolverMultistepScheduler(_Solver):
 
 
 class UniPCMultistepScheduler(_Solver):
-    """Unified predictor-corrector, of order 1 to 3."""
+    """Unified predictor-corrector, of order 1 to 3.
 
-    unsupported = ("predict_x0", "solver_p")
+    With ``solver_p`` this scheduler predicts and UniPC corrects; it may be one of ours or of diffusers', draws what noise it
+    draws without a generator, and is told by :meth:`set_timesteps` how many steps there are.
+    """
+
+    _corrected: Tensor | None = None
 
     @recorded
     def __init__(
@@ -753,7 +789,24 @@ class UniPCMultistepScheduler(_Solver):
     def _sampler(self) -> Sampler:
         given = self._arguments
         uncorrected = tuple(sorted(step - getattr(self, "_start", 0) for step in given["disable_corrector"]))
-        return UniPC(given["solver_order"], self._solver_type, bool(given["lower_order_final"]), uncorrected)  # type: ignore[arg-type]
+        on: Estimate = "data" if given["predict_x0"] else "noise"
+        return UniPC(given["solver_order"], self._solver_type, bool(given["lower_order_final"]), uncorrected, on)  # type: ignore[arg-type]
+
+    def _plan(self, grid: Grid) -> Plan:
+        sampler = self._sampler()
+        assert isinstance(sampler, UniPC)
+        if self._arguments["solver_p"] is None:
+            return sampler.plan(grid)
+        plan = sampler.corrections(grid)
+        return plan._replace(rows=plan.rows[:, :-1])
+
+    def _finished(self, rows: Tensor, plan: Plan, options: tuple[Any, ...]) -> Tensor:
+        if self._arguments["solver_p"] is None:
+            return rows
+        # what is kept of the corrected state a step before, behind the ring of estimates
+        sampler, steps = self._sampler(), len(plan.time)
+        assert isinstance(sampler, UniPC)
+        return torch.cat([rows, sampler.corrections(self._grid.tail(steps)).rows[:, -1:]], 1)
 
     def set_timesteps(
         self,
@@ -769,6 +822,11 @@ class UniPCMultistepScheduler(_Solver):
             mu: with ``use_dynamic_shifting`` the logarithm of the shift of a flow; the shift itself if ``time_shift_type`` is
                 "linear".
         """
+        self._lay(num_inference_steps, device, sigmas, mu)
+        if self._arguments["solver_p"] is not None:
+            self._arguments["solver_p"].set_timesteps(self.num_inference_steps, device=device)
+
+    def _lay(self, num_inference_steps: int | None, device: _Device, sigmas: Sequence[float] | None, mu: float | None) -> None:
         given = self._arguments
         if given["use_dynamic_shifting"] and mu is None:
             raise ValueError("use_dynamic_shifting=True needs mu")
@@ -806,7 +864,13 @@ class UniPCMultistepScheduler(_Solver):
         """The next step: ``prev_sample``."""
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
-        return self._step(model_output, timestep, sample, return_dict=return_dict)
+        predictor = self._arguments["solver_p"]
+        if predictor is None:
+            return self._step(model_output, timestep, sample, return_dict=return_dict)
+        before = sample if self._position(timestep) == self._start or self._corrected is None else self._corrected
+        self._corrected = self._step(model_output, timestep, sample, beside=before, return_dict=True).prev_sample
+        out = predictor.step(model_output, timestep, self._corrected).prev_sample
+        return SchedulerOutput(out) if return_dict else (out,)
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
@@ -822,14 +886,16 @@ def ending_at(sigma: Tensor, last: float) -> Tensor:
 class FlowMatchEulerDiscreteScheduler(Scheduler):
     """Euler's method along a flow x = (1 - sigma) x0 + sigma eps, whose network predicts eps - x0.
 
+    With ``invert_sigmas`` it goes the other way, from sigma 0 to 1: its network tells time from the data on.
+
     Attributes:
-        sigmas: with the 0 at the end, on the device of ``timesteps`` = ``num_train_timesteps`` sigma.
+        sigmas: with the 0 (inverted the 1) at the end, on the device of ``timesteps`` = ``num_train_timesteps`` sigma.
     """
 
     narrow = True
+    noise_dtype = torch.float32
     gives_estimate = False
     init_noise_sigma = 1.0
-    unsupported = ("invert_sigmas",)
 
     @recorded
     def __init__(
@@ -875,18 +941,28 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
     def _sampler(self) -> Sampler:
         return Consistency() if self._arguments["stochastic_sampling"] else Euler()
 
+    def _plan(self, grid: Grid) -> Plan:
+        sampler = self._sampler()
+        if self._arguments["invert_sigmas"] and isinstance(sampler, Euler):
+            return on_noise(sampler.plan(mirrored(grid)))  # from sigma = 0 there is no slope towards the noise
+        return sampler.plan(grid)
+
     def _draws(self, index: int) -> bool:
         return bool(self._arguments["stochastic_sampling"])  # in the last step too, which uses none
 
     def _target(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return target_rows("velocity", alpha, sigma)
 
-    def _take(self, sigma: Tensor, time: Tensor | None, device: _Device) -> None:
+    def _take(self, sigma: Tensor, time: Tensor | None, device: _Device, inverted: bool = False) -> None:
         if sigma.dim() != 1 or not bool((sigma.diff() < 0).all()) or not 0 < float(sigma[-1]) <= float(sigma[0]) <= 1:
             raise ValueError(f"sigmas must fall within (0, 1], got {sigma.tolist()}")
-        self._visit(self._schedule.grid(sigma.tolist()))
+        last = 0.0
+        if inverted:
+            sigma, time, last = (1 - sigma.float()).double(), None, 1.0  # as upstream rounds
+        levels = torch.cat([sigma, sigma.new_tensor([last])])
+        self._visit(Grid.through(self._schedule, levels, *self._schedule.at(levels)))
         self._publish(sigma * self._arguments["num_train_timesteps"] if time is None else time, device)
-        self.sigmas = torch.cat([sigma, sigma.new_zeros(1)]).to(device, torch.float32)
+        self.sigmas = levels.to(device, torch.float32)
 
     def set_timesteps(
         self,
@@ -925,7 +1001,7 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
             sigma = ending_at(sigma, given["shift_terminal"])
         if self._kind is not None:
             sigma = noise_levels(self._kind, count, float(sigma[-1]), float(sigma[0]))
-        self._take(sigma.clamp(max=1.0), told, device)
+        self._take(sigma.clamp(max=1.0), told, device, given["invert_sigmas"])
         self.num_inference_steps = count
 
     def step(
@@ -941,10 +1017,43 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """The next step: ``prev_sample``. As upstream, ``s_churn`` and its limits change nothing."""
-        if per_token_timesteps is not None:
-            raise ValueError("FlowMatchEulerDiscreteScheduler does not support per_token_timesteps")
-        return self._step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
+        """The next step: ``prev_sample``. As upstream, ``s_churn`` and its limits change nothing.
+
+        Args:
+            per_token_timesteps: [N, L] of samples [N, L, C]: each token steps from its own time to the next lower one of the
+                scheduler's, or to the data; as upstream along +``model_output``, so its callers pass the negative velocity.
+        """
+        if per_token_timesteps is None:
+            return self._step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
+        out = self._token_step(model_output, sample, per_token_timesteps, generator)
+        self._step_index = self._position(timestep) + 1
+        return SchedulerOutput(out) if return_dict else (out,)
+
+    def _token_step(
+        self, model_output: Tensor, sample: Tensor, per_token_timesteps: Tensor, generator: Generators | None
+    ) -> Tensor:
+        if per_token_timesteps.shape != sample.shape[:2] or sample.dim() != 3:
+            raise ValueError(
+                f"per_token_timesteps must be [N, L] for a sample [N, L, C], got {list(per_token_timesteps.shape)} for "
+                f"{list(sample.shape)}"
+            )
+        if sample.dtype not in (torch.float32, torch.float64):
+            sample = sample.float()
+        here = (per_token_timesteps / self._arguments["num_train_timesteps"]).flatten()
+        lower = self.sigmas.to(here.device)[:, None].expand(-1, len(here))
+        there = torch.where(lower < here - 1e-6, lower, 0.0).amax(0)
+        zero, one = torch.zeros_like(here), torch.ones_like(here)
+        noise = key = None
+        if self._arguments["stochastic_sampling"]:
+            rows = torch.stack([one, -here, zero, 1 - there, there], 1)
+            noise = None if generator is None else drawn(sample, generator, torch.float32).flatten(0, 1)
+            key = random.fresh_key(sample.device) if noise is None else None
+        else:
+            rows, key = torch.stack([zero, one, one, here - there, zero], 1), random.key(0, device=sample.device)
+        tokens, outputs = sample.flatten(0, 1), model_output.flatten(0, 1)
+        wide = torch.promote_types(sample.dtype, torch.float32)
+        stepped = ops.denoise(tokens, outputs, rows.to(wide), key, noise=noise, return_x0=False).x_next
+        return stepped.view_as(sample)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """(1 - sigma) sample + sigma noise at ``timestep`` [N] among the scheduler's."""
