@@ -344,12 +344,15 @@ inline void perceptron_bwd(int64_t rows, int64_t hidden_layers, int64_t heads, c
         const int64_t depth = layers.width[i + 1], width = layers.width[i];
         if (i == 0 && grad_added) layers.write(tile, grad, depth, 0, grad_added);
         if (i == 0 && grad_x) {
+          const bool unlimited = limit == (double)INFINITY;  // then a NaN lets its gradient pass, as it does in PyTorch
           const vf most = splat((float)limit);
           for (int64_t k = 0; k < width; k += PANEL) {
             float* inside = input + k * TILE_ROWS;
             panel_product<false>(
                 count, depth, grad, weights.weight[i] + k * depth, next + k * TILE_ROWS, [](int64_t) { return vf{}; },
-                [&](int64_t at, vf sum) { return abs(load<vf>(inside + at)) <= most ? sum : vf{}; });
+                [&](int64_t at, vf sum) {
+                  return unlimited ? sum : abs(load<vf>(inside + at)) <= most ? sum : vf{};
+                });
           }
           layers.write(tile, next, width, 0, grad_x);
         }
