@@ -128,13 +128,6 @@ struct Layers {
     }
   }
 
-  // The activations before layer `index`, 1 <= index < count, of one tile, in what the forward pass keeps.
-  template <class T>
-  INLINE T* kept(T* hidden, int64_t index, int64_t tile) const {
-    for (int64_t i = 1; i < index; ++i) hidden += tiles * TILE_ROWS * padded(width[i]);
-    return hidden + tile * TILE_ROWS * padded(width[index]);
-  }
-
   // Rows of a tile, [rows, columns] in memory, as panels from `column` on; all of the padding is zero if `column` is.
   INLINE void read(int64_t tile, const float* from, int64_t columns, int64_t column, float* out) const {
     for (int64_t r = 0; r < rows_of(tile); ++r)
@@ -229,46 +222,66 @@ INLINE void read_input(const Layers& layers, int64_t tile, const float* x, float
     }
 }
 
-// hidden: null, or what the backward pass reads. added: null, or [rows, width[1]].
+// The hidden layers of a tile, activation[1 .. count - 1], from activation[0].
+INLINE void compute_hidden(const Layers& layers, const ForwardWeights& weights, int64_t tile, const float* added,
+                           float* const* activation) {
+  const int64_t count = layers.rows_of(tile);
+  for (int64_t i = 0; i + 1 < layers.count; ++i) {
+    const int64_t width = layers.width[i + 1], depth = layers.width[i];
+    const bool with_added = added && i == 0;
+    float* out = activation[i + 1];
+    if (with_added) {
+      if (width % PANEL)
+        for (int64_t j = 0; j < TILE_ROWS * PANEL; ++j) out[width / PANEL * TILE_ROWS * PANEL + j] = 0;
+      layers.read(tile, added, width, 0, out);
+    }
+    for (int64_t n = 0; n < width; n += PANEL) {
+      const auto bias = [&](int64_t column) { return load<vf>(weights.bias[i] + n + column); };
+      const auto relu = [](int64_t, vf sum) { return at_least(sum, 0.0f); };
+      const float* w = weights.weight[i] + n * depth;
+      if (with_added) panel_product<true>(count, depth, activation[i], w, out + n * TILE_ROWS, bias, relu);
+      else panel_product<false>(count, depth, activation[i], w, out + n * TILE_ROWS, bias, relu);
+    }
+  }
+}
+
+// A thread's activations of one tile, and room for two more. All starts at zero, as the padding must stay.
+struct Activations {
+  Aligned memory;
+  float *of[MOST_LAYERS], *spare[2];
+  explicit Activations(const Layers& layers) : memory(size(layers)) {
+    float* at = memory.data;
+    memset(at, 0, size(layers) * sizeof(float));
+    for (int64_t i = 0; i < layers.count; ++i) {
+      of[i] = at;
+      at += TILE_ROWS * padded(layers.width[i]);
+    }
+    spare[0] = at, spare[1] = at + TILE_ROWS * layers.widest;
+  }
+  static int64_t size(const Layers& layers) {
+    int64_t columns = 2 * layers.widest;
+    for (int64_t i = 0; i < layers.count; ++i) columns += padded(layers.width[i]);
+    return TILE_ROWS * columns;
+  }
+};
+
+// added: null, or [rows, width[1]].
 inline void perceptron_fwd(int64_t rows, int64_t hidden_layers, int64_t heads, const int64_t* widths, const float* x,
-                           const float* added, const float* parameters, double limit, float* hidden, float* y0, float* y1,
-                           float* y2, float* y3, int64_t threads) {
+                           const float* added, const float* parameters, double limit, float* y0, float* y1, float* y2,
+                           float* y3, int64_t threads) {
   const Layers layers(rows, hidden_layers, heads, widths);
   const ForwardWeights weights(layers, parameters);
   float* const outputs[MOST_HEADS] = {y0, y1, y2, y3};
-  const int64_t last = layers.count - 1;
+  const int64_t last = layers.count - 1, depth = layers.width[last];
   parallel_ranges(layers.tiles, layers.worthwhile(threads), [&](int64_t begin, int64_t end) {
-    const int64_t area = TILE_ROWS * layers.widest;
-    const Aligned scratch(3 * area);
-    float *input = scratch.data, *spare[] = {input + area, input + 2 * area};
-    for (int64_t i = 0; i < 3 * area; ++i) input[i] = 0;
+    const Activations activation(layers);
     for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t count = layers.rows_of(tile);
-      read_input(layers, tile, x, (float)limit, input);
-      const float* a = input;
-      for (int64_t i = 0; i < last; ++i) {
-        float* out = hidden ? layers.kept(hidden, i + 1, tile) : spare[i % 2];
-        const int64_t width = layers.width[i + 1], depth = layers.width[i];
-        const auto relu = [](int64_t, vf sum) { return at_least(sum, 0.0f); };
-        const bool with_added = added && i == 0;
-        if (with_added) {
-          if (width % PANEL)
-            for (int64_t j = 0; j < TILE_ROWS * PANEL; ++j) out[width / PANEL * TILE_ROWS * PANEL + j] = 0;
-          layers.read(tile, added, width, 0, out);
-        }
-        for (int64_t n = 0; n < width; n += PANEL) {
-          const auto bias = [&](int64_t column) { return load<vf>(weights.bias[i] + n + column); };
-          const float* w = weights.weight[i] + n * depth;
-          if (with_added) panel_product<true>(count, depth, a, w, out + n * TILE_ROWS, bias, relu);
-          else panel_product<false>(count, depth, a, w, out + n * TILE_ROWS, bias, relu);
-        }
-        a = out;
-      }
-      float* out = spare[last % 2];
-      const int64_t depth = layers.width[last];
+      read_input(layers, tile, x, (float)limit, activation.of[0]);
+      compute_hidden(layers, weights, tile, added, activation.of);
+      float* out = activation.spare[0];
       for (int64_t n = 0; n < layers.width[last + 1]; n += PANEL)
         panel_product<false>(
-            count, depth, a, weights.weight[last] + n * depth, out + n * TILE_ROWS,
+            layers.rows_of(tile), depth, activation.of[last], weights.weight[last] + n * depth, out + n * TILE_ROWS,
             [&](int64_t column) { return load<vf>(weights.bias[last] + n + column); }, [](int64_t, vf sum) { return sum; });
       for (int64_t h = 0, first = 0; h < heads; first += layers.head[h++])
         layers.write(tile, out, layers.head[h], first, outputs[h]);
@@ -316,59 +329,49 @@ INLINE void add_weight_gradient(int64_t count, int64_t outputs, int64_t inputs, 
 
 // A gradient of an output may be null: none came from it. So may be grad_x, grad_added and grad_parameters: not wanted.
 inline void perceptron_bwd(int64_t rows, int64_t hidden_layers, int64_t heads, const int64_t* widths, const float* x,
-                           const float* parameters, double limit, const float* hidden, const float* grad0,
+                           const float* added, const float* parameters, double limit, const float* grad0,
                            const float* grad1, const float* grad2, const float* grad3, float* grad_x, float* grad_added,
                            float* grad_parameters, int64_t threads) {
   const Layers layers(rows, hidden_layers, heads, widths);
-  const BackwardWeights weights(layers, parameters);
+  const ForwardWeights forward(layers, parameters);
+  const BackwardWeights backward(layers, parameters);
   const GradientSums sums(layers);
   const float* const grads[MOST_HEADS] = {grad0, grad1, grad2, grad3};
-  const int64_t tasks = ceil_div(layers.tiles, TASK_TILES);
+  const int64_t tasks = ceil_div(layers.tiles, TASK_TILES), outputs = layers.width[layers.count];
+  const bool unlimited = limit == (double)INFINITY;  // then a NaN in x lets its gradient pass, as it does in PyTorch
   float* partial = grad_parameters ? new float[tasks * sums.size + 1]() : nullptr;
   parallel_ranges(tasks, layers.worthwhile(threads), [&](int64_t begin, int64_t end) {
-    const int64_t area = TILE_ROWS * layers.widest;
-    const Aligned scratch(3 * area);
-    float *input = scratch.data, *grad = input + area, *next = grad + area;
-    for (int64_t i = 0; i < 3 * area; ++i) input[i] = 0;
+    const Activations activation(layers);
     for (int64_t tile = begin * TASK_TILES; tile < min(layers.tiles, end * TASK_TILES); ++tile) {
       const int64_t count = layers.rows_of(tile);
       float* own = partial ? partial + tile / TASK_TILES * sums.size : nullptr;
-      read_input(layers, tile, x, INFINITY, input);
-      const int64_t outputs = layers.width[layers.count];
+      read_input(layers, tile, x, (float)limit, activation.of[0]);
+      compute_hidden(layers, forward, tile, added, activation.of);
+      float *grad = activation.spare[0], *next = activation.spare[1];
       if (outputs % PANEL)
         for (int64_t j = 0; j < TILE_ROWS * PANEL; ++j) grad[outputs / PANEL * TILE_ROWS * PANEL + j] = 0;
       for (int64_t h = 0, first = 0; h < heads; first += layers.head[h++])
         layers.read(tile, grads[h], layers.head[h], first, grad);
       for (int64_t i = layers.count; i-- > 0;) {
-        const float* a = i ? layers.kept(hidden, i, tile) : input;
+        const float* a = activation.of[i];
         const int64_t depth = layers.width[i + 1], width = layers.width[i];
-        if (i == 0 && grad_added) layers.write(tile, grad, depth, 0, grad_added);
-        if (i == 0 && grad_x) {
-          const bool unlimited = limit == (double)INFINITY;  // then a NaN lets its gradient pass, as it does in PyTorch
-          const vf most = splat((float)limit);
-          for (int64_t k = 0; k < width; k += PANEL) {
-            float* inside = input + k * TILE_ROWS;
-            panel_product<false>(
-                count, depth, grad, weights.weight[i] + k * depth, next + k * TILE_ROWS, [](int64_t) { return vf{}; },
-                [&](int64_t at, vf sum) {
-                  return unlimited ? sum : abs(load<vf>(inside + at)) <= most ? sum : vf{};
-                });
-          }
-          layers.write(tile, next, width, 0, grad_x);
-        }
-        if (i == 0 && own) {
-          for (int64_t j = 0; j < TILE_ROWS * padded(width); j += LANES)
-            store(input + j, at_most(at_least(load<vf>(input + j), (float)-limit), (float)limit));
-        }
         if (own) add_weight_gradient(count, depth, width, grad, a, own + sums.weight[i], own + sums.bias[i]);
-        if (i == 0) continue;
+        if (i == 0 && grad_added) layers.write(tile, grad, depth, 0, grad_added);
+        if (i == 0 && !grad_x) continue;
+        if (i == 0) layers.read(tile, x, width, 0, activation.of[0]);  // as it was before it saturated
         for (int64_t k = 0; k < width; k += PANEL) {
-          const float* kept = a + k * TILE_ROWS;
-          panel_product<false>(
-              count, depth, grad, weights.weight[i] + k * depth, next + k * TILE_ROWS, [](int64_t) { return vf{}; },
-              // a NaN lets its gradient pass, as PyTorch's does
-              [&](int64_t at, vf sum) { return load<vf>(kept + at) <= 0.0f ? vf{} : sum; });
+          const float* before = a + k * TILE_ROWS;
+          const auto product = [&](auto&& finish) INLINED {
+            panel_product<false>(
+                count, depth, grad, backward.weight[i] + k * depth, next + k * TILE_ROWS, [](int64_t) { return vf{}; }, finish);
+          };
+          if (i == 0 && unlimited) product([](int64_t, vf sum) { return sum; });
+          else if (i == 0)
+            product([&](int64_t at, vf sum) { return abs(load<vf>(before + at)) <= splat((float)limit) ? sum : vf{}; });
+          else  // a NaN lets its gradient pass, as PyTorch's does
+            product([&](int64_t at, vf sum) { return load<vf>(before + at) <= 0.0f ? vf{} : sum; });
         }
+        if (i == 0) layers.write(tile, next, width, 0, grad_x);
         float* const done = grad;
         grad = next, next = done;
       }

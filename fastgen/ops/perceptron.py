@@ -9,7 +9,8 @@ with h the last hidden layer. ``added`` is what else enters the first layer, a p
 
 A tile of samples goes through all layers while its activations lie in the cache, bias, ReLU and its derivative on the way: that
 is faster than a library's matrix products with passes over the activations between them as long as layers are narrow, see
-:func:`perceptron_serves`. The hidden layers are kept for the backward pass. Sums are in a fixed order: nothing depends on the
+:func:`perceptron_serves`. The backward pass computes the hidden layers again, tile by tile, which is faster than to read them
+from memory, and keeps nothing but the inputs. Sums are in a fixed order: nothing depends on the
 number of threads. Second derivatives are those of the reference.
 
 float32 on CPUs has kernels. Elsewhere the reference serves: the matrix products are those of PyTorch's libraries.
@@ -35,9 +36,8 @@ from fastgen.ops._spec import OpSpec
 
 __all__ = ["perceptron", "perceptron_parameters", "perceptron_reference", "perceptron_serves"]
 
-_TILE, _PANEL = 128, 32
-"""Samples of a tile, and columns that lie together, in the hidden layers that are kept."""
 _MOST_HIDDEN, _MOST_OUTPUTS = 7, 4
+_ABSENT = (None,) * _MOST_OUTPUTS
 _WIDEST = 512
 """From here on a tile of a layer does not fit in the cache beside its weights."""
 
@@ -113,32 +113,17 @@ def _widths(*widths: int) -> Tensor:
     return torch.tensor(widths)
 
 
-def _kept_like(x: Tensor, hidden: Sequence[int]) -> Tensor:
-    """Room for the hidden layers, in tiles and panels."""
-    columns = sum(-(-width // _PANEL) * _PANEL for width in hidden)
-    return x.new_empty(-(-x.shape[0] // _TILE) * _TILE * columns)
-
-
-def _results_like(x: Tensor, hidden: Sequence[int], outputs: Sequence[int], keep: bool) -> list[Tensor]:
-    results = [x.new_empty(x.shape[0], size) for size in outputs]
-    return [*results, _kept_like(x, hidden)] if keep else results
+def _results_like(x: Tensor, outputs: Sequence[int]) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], size) for size in outputs]
 
 
 def _forward(
-    x: Tensor,
-    parameters: Tensor,
-    added: Tensor | None,
-    hidden: Sequence[int],
-    outputs: Sequence[int],
-    limit: float,
-    keep: bool,
+    x: Tensor, parameters: Tensor, added: Tensor | None, hidden: Sequence[int], outputs: Sequence[int], limit: float
 ) -> list[Tensor]:
-    results = _results_like(x, hidden, outputs, keep)
-    kept = results[-1] if keep else None
-    heads: list[Tensor | None] = [*results[: len(outputs)], *[None] * (_MOST_OUTPUTS - len(outputs))]
+    results = _results_like(x, outputs)
     _native.kernel("perceptron_fwd")(
-        x.shape[0], len(hidden), len(outputs), _widths(x.shape[1], *hidden, *outputs), x, added, parameters, limit, kept,
-        *heads, torch.get_num_threads(),
+        x.shape[0], len(hidden), len(outputs), _widths(x.shape[1], *hidden, *outputs), x, added, parameters, limit,
+        *results, *_ABSENT[len(outputs) :], torch.get_num_threads(),
     )  # fmt: skip
     return results
 
@@ -155,7 +140,7 @@ def _gradients_like(x: Tensor, parameters: Tensor, hidden: Sequence[int], wanted
 def _backward(
     x: Tensor,
     parameters: Tensor,
-    kept: Tensor,
+    added: Tensor | None,
     grads: Sequence[Tensor | None],
     hidden: Sequence[int],
     outputs: Sequence[int],
@@ -164,31 +149,30 @@ def _backward(
 ) -> list[Tensor]:
     found = _gradients_like(x, parameters, hidden, wanted)
     grad_x, grad_parameters, grad_added = (g if want else None for g, want in zip(found, wanted, strict=True))
-    heads = [*grads, *[None] * (_MOST_OUTPUTS - len(outputs))]
     _native.kernel("perceptron_bwd")(
-        x.shape[0], len(hidden), len(outputs), _widths(x.shape[1], *hidden, *outputs), x, parameters, limit, kept, *heads,
-        grad_x, grad_added, grad_parameters, torch.get_num_threads(),
+        x.shape[0], len(hidden), len(outputs), _widths(x.shape[1], *hidden, *outputs), x, added, parameters, limit,
+        *grads, *_ABSENT[len(outputs) :], grad_x, grad_added, grad_parameters, torch.get_num_threads(),
     )  # fmt: skip
     return found
 
 
 _apply = _dispatch.raw_op(
     "perceptron",
-    "(Tensor x, Tensor parameters, Tensor? added, int[] hidden, int[] outputs, float limit, bool keep) -> Tensor[]",
+    "(Tensor x, Tensor parameters, Tensor? added, int[] hidden, int[] outputs, float limit) -> Tensor[]",
     _forward,
-    lambda x, parameters, added, hidden, outputs, limit, keep: _results_like(x, hidden, outputs, keep),
+    lambda x, parameters, added, hidden, outputs, limit: _results_like(x, outputs),
 )
 _differentiate = _dispatch.raw_op(
     "perceptron_bwd",
-    "(Tensor x, Tensor parameters, Tensor kept, Tensor?[] grads, int[] hidden, int[] outputs, float limit, bool[] wanted)"
+    "(Tensor x, Tensor parameters, Tensor? added, Tensor?[] grads, int[] hidden, int[] outputs, float limit, bool[] wanted)"
     " -> Tensor[]",
     _backward,
-    lambda x, parameters, kept, grads, hidden, outputs, limit, wanted: _gradients_like(x, parameters, hidden, wanted),
+    lambda x, parameters, added, grads, hidden, outputs, limit, wanted: _gradients_like(x, parameters, hidden, wanted),
 )
 
 
 class _Perceptron(torch.autograd.Function):
-    """Saves the inputs and the hidden layers."""
+    """Saves the inputs."""
 
     @staticmethod
     def forward(
@@ -200,22 +184,21 @@ class _Perceptron(torch.autograd.Function):
         outputs: tuple[int, ...],
         limit: float,
     ) -> tuple[Tensor, ...]:
-        *results, kept = _apply(x, parameters, added, hidden, outputs, limit, True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, parameters, added, kept)
+        ctx.save_for_backward(x, parameters, added)
         ctx.hidden, ctx.outputs, ctx.limit = hidden, outputs, limit
-        return tuple(results)
+        return tuple(_apply(x, parameters, added, hidden, outputs, limit))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, parameters, added, kept = ctx.saved_tensors
+        x, parameters, added = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         # torch.compile has no second derivatives
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = _differentiable_gradients(ctx, x, parameters, added, grads)
         else:
             dense = [g if g is None else g.contiguous() for g in grads]
-            found = _differentiate(x, parameters, kept, dense, ctx.hidden, ctx.outputs, ctx.limit, wanted)
+            found = _differentiate(x, parameters, added, dense, ctx.hidden, ctx.outputs, ctx.limit, wanted)
         return *(g if want else None for g, want in zip(found, wanted, strict=True)), None, None, None
 
 
@@ -295,7 +278,7 @@ def perceptron(
     most = math.inf if limit is None else float(limit)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, parameters, added)):
         return _Perceptron.apply(x, parameters, added, tuple(hidden), tuple(outputs), most)
-    return tuple(_apply(x, parameters, added, tuple(hidden), tuple(outputs), most, False))
+    return tuple(_apply(x, parameters, added, tuple(hidden), tuple(outputs), most))
 
 
 def _example_inputs(
@@ -332,10 +315,10 @@ def _example_inputs(
 
 
 def _bytes_moved(inputs: dict[str, Any], mode: str) -> int:
-    # forward: x, parameters -> y; backward: x, parameters, hidden layers, dy -> dx, dparameters
+    # forward: x, parameters -> y; backward: x, parameters, dy -> dx, dparameters
     x, size = inputs["x"], inputs["x"].element_size()
     moved = x.nbytes + inputs["parameters"].nbytes + size * len(x) * sum(inputs["outputs"])
-    return moved if mode == "fwd" else 3 * moved + 2 * size * len(x) * sum(inputs["hidden"])
+    return moved * (1 if mode == "fwd" else 3)
 
 
 def _operations(inputs: dict[str, Any], mode: str) -> int:
