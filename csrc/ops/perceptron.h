@@ -172,11 +172,23 @@ struct ForwardWeights {
     }
     layers.for_parameters([&](int64_t i, int64_t w, int64_t b, int64_t first, int64_t outputs) {
       const int64_t inputs = layers.width[i];
-      for (int64_t n = 0; n < outputs; ++n) {
+      // by vectors of outputs where they lie in one of a panel, four inputs at a time
+      for (int64_t n = 0; n < outputs;) {
         const int64_t column = first + n;
+        const bool whole = column % LANES == 0 && n + LANES <= outputs;
+        const float* from = parameters + w + n * inputs;
         float* to = weight[i] + column / PANEL * inputs * PANEL + column % PANEL;
-        for (int64_t k = 0; k < inputs; ++k) to[k * PANEL] = parameters[w + n * inputs + k];
-        bias[i][column] = parameters[b + n];
+        int64_t k = 0;
+        if (whole)
+          for (; k + 4 <= inputs; k += 4) {
+            vf line[4];
+            load_columns4(from + k, inputs, line[0], line[1], line[2], line[3]);
+            for (int64_t j = 0; j < 4; ++j) store(to + (k + j) * PANEL, line[j]);
+          }
+        for (int64_t j = 0; j < (whole ? LANES : 1); ++j, ++n) {
+          for (int64_t l = k; l < inputs; ++l) to[l * PANEL + j] = from[j * inputs + l];
+          bias[i][column + j] = parameters[b + n];
+        }
       }
     });
   }
@@ -200,8 +212,11 @@ struct BackwardWeights {
     layers.for_parameters([&](int64_t i, int64_t w, int64_t, int64_t first, int64_t outputs) {
       const int64_t inputs = layers.width[i], all = layers.width[i + 1];
       for (int64_t n = 0; n < outputs; ++n)
-        for (int64_t k = 0; k < padded(inputs); ++k)
-          weight[i][(k / PANEL * all + first + n) * PANEL + k % PANEL] = k < inputs ? parameters[w + n * inputs + k] : 0.0f;
+        for (int64_t k = 0; k < padded(inputs); k += LANES) {
+          float* to = weight[i] + (k / PANEL * all + first + n) * PANEL + k % PANEL;
+          const int64_t left = max(0, min(LANES, inputs - k));
+          store(to, block_load(parameters + w + n * inputs + k, left));
+        }
     });
   }
   static int64_t size(const Layers& layers) {
@@ -300,7 +315,8 @@ struct GradientSums {
   }
 };
 
-// grad [rows, outputs], a [rows, inputs], both panels of one tile, to the sums of a weight and its bias
+// grad [rows, outputs], a [rows, inputs], both panels of one tile, to the sums of a weight and its bias; as them if First
+template <bool First>
 INLINE void add_weight_gradient(int64_t count, int64_t outputs, int64_t inputs, const float* grad, const float* a,
                                 float* weight, float* bias) {
   const int64_t pitch = padded(inputs);
@@ -314,7 +330,7 @@ INLINE void add_weight_gradient(int64_t count, int64_t outputs, int64_t inputs, 
         for (int m = 0; m < min(M, outputs - n - r); ++m)
           for (int v = 0; v < VECTORS; ++v) {
             float* at = weight + (n + r + m) * pitch + k + v * LANES;
-            store(at, load<vf>(at) + total[m][v]);
+            store(at, First ? total[m][v] : load<vf>(at) + total[m][v]);
           }
       });
   }
@@ -323,7 +339,10 @@ INLINE void add_weight_gradient(int64_t count, int64_t outputs, int64_t inputs, 
     const float* from = grad + n / PANEL * TILE_ROWS * PANEL + n % PANEL;
     for (int64_t r = 0; r < count; ++r)
       for (int v = 0; v < VECTORS; ++v) total[v] = total[v] + load<vf>(from + r * PANEL + v * LANES);
-    for (int v = 0; v < VECTORS; ++v) store(bias + n + v * LANES, load<vf>(bias + n + v * LANES) + total[v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      float* at = bias + n + v * LANES;
+      store(at, First ? total[v] : load<vf>(at) + total[v]);
+    }
   }
 }
 
@@ -339,7 +358,7 @@ inline void perceptron_bwd(int64_t rows, int64_t hidden_layers, int64_t heads, c
   const float* const grads[MOST_HEADS] = {grad0, grad1, grad2, grad3};
   const int64_t tasks = ceil_div(layers.tiles, TASK_TILES), outputs = layers.width[layers.count];
   const bool unlimited = limit == (double)INFINITY;  // then a NaN in x lets its gradient pass, as it does in PyTorch
-  float* partial = grad_parameters ? new float[tasks * sums.size + 1]() : nullptr;
+  float* partial = grad_parameters ? new float[tasks * sums.size + 1] : nullptr;
   parallel_ranges(tasks, layers.worthwhile(threads), [&](int64_t begin, int64_t end) {
     const Activations activation(layers);
     for (int64_t tile = begin * TASK_TILES; tile < min(layers.tiles, end * TASK_TILES); ++tile) {
@@ -355,7 +374,9 @@ inline void perceptron_bwd(int64_t rows, int64_t hidden_layers, int64_t heads, c
       for (int64_t i = layers.count; i-- > 0;) {
         const float* a = activation.of[i];
         const int64_t depth = layers.width[i + 1], width = layers.width[i];
-        if (own) add_weight_gradient(count, depth, width, grad, a, own + sums.weight[i], own + sums.bias[i]);
+        if (own && tile % TASK_TILES == 0)
+          add_weight_gradient<true>(count, depth, width, grad, a, own + sums.weight[i], own + sums.bias[i]);
+        else if (own) add_weight_gradient<false>(count, depth, width, grad, a, own + sums.weight[i], own + sums.bias[i]);
         if (i == 0 && grad_added) layers.write(tile, grad, depth, 0, grad_added);
         if (i == 0 && !grad_x) continue;
         if (i == 0) layers.read(tile, x, width, 0, activation.of[0]);  // as it was before it saturated

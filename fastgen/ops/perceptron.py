@@ -54,7 +54,26 @@ def perceptron_parameters(layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     Args:
         layers: weight [out, in] and bias [out] of each hidden layer, then of each output.
     """
-    return torch.cat([t.reshape(-1) for layer in layers for t in layer])
+    return _Joined.apply(*(t for layer in layers for t in layer))
+
+
+class _Joined(torch.autograd.Function):
+    """Tensors in one vector: the gradients are views of its gradient, by one node instead of two for each."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> Tensor:
+        return torch.cat([t.reshape(-1) for t in tensors])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.shapes = [t.shape for t in inputs]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        parts = grad.split([shape.numel() for shape in ctx.shapes])
+        return tuple(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
 
 
 def perceptron_reference(
