@@ -49,7 +49,7 @@ class MLPConditioner(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
         hidden, outputs = [layer.out_features for layer in (self.first, *self.rest)], [head.out_features for head in self.heads]
         if ops.perceptron_serves(x, hidden, outputs) and all(_is_plain(layer) for layer in self._layers()):
-            parameters = ops.perceptron_parameters([(layer.weight, layer.bias) for layer in self._layers()])
+            parameters = [(layer.weight, layer.bias) for layer in self._layers()]
             added = None if self.context is None else self.context(context)
             return ops.perceptron(x, parameters, hidden=hidden, outputs=outputs, added=added, limit=LIMIT)
         h = self.first(x.clamp(-LIMIT, LIMIT))

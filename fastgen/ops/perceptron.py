@@ -34,12 +34,16 @@ from torch import Tensor
 from fastgen.ops import _dispatch, _native
 from fastgen.ops._spec import OpSpec
 
-__all__ = ["perceptron", "perceptron_parameters", "perceptron_reference", "perceptron_serves"]
+__all__ = ["perceptron", "perceptron_reference", "perceptron_serves"]
 
 _MOST_HIDDEN, _MOST_OUTPUTS = 7, 4
 _ABSENT = (None,) * _MOST_OUTPUTS
 _WIDEST = 512
 """From here on a tile of a layer does not fit in the cache beside its weights."""
+
+
+Parameters = Tensor | Sequence[tuple[Tensor, Tensor]]
+"""Weight [out, in] and bias [out] of each hidden layer, then of each output; or all of them flattened, in one vector."""
 
 
 def _sizes(inputs: int, hidden: Sequence[int], outputs: Sequence[int]) -> list[tuple[int, int]]:
@@ -48,37 +52,17 @@ def _sizes(inputs: int, hidden: Sequence[int], outputs: Sequence[int]) -> list[t
     return [*itertools.pairwise(widths), *((widths[-1], size) for size in outputs)]
 
 
-def perceptron_parameters(layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The ``parameters`` of :func:`perceptron`: those of its layers in one vector.
-
-    Args:
-        layers: weight [out, in] and bias [out] of each hidden layer, then of each output.
-    """
-    return _Joined.apply(*(t for layer in layers for t in layer))
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
 
 
-class _Joined(torch.autograd.Function):
-    """Tensors in one vector: the gradients are views of its gradient, by one node instead of two for each."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*tensors: Tensor) -> Tensor:
-        return torch.cat([t.reshape(-1) for t in tensors])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.shapes = [t.shape for t in inputs]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        parts = grad.split([shape.numel() for shape in ctx.shapes])
-        return tuple(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+def _as_tensors(parameters: Parameters) -> tuple[Tensor, ...]:
+    return (parameters,) if isinstance(parameters, Tensor) else tuple(t for layer in parameters for t in layer)
 
 
 def perceptron_reference(
     x: Tensor,
-    parameters: Tensor,
+    parameters: Parameters,
     *,
     hidden: Sequence[int],
     outputs: Sequence[int],
@@ -87,9 +71,12 @@ def perceptron_reference(
 ) -> tuple[Tensor, ...]:
     """:func:`perceptron` in plain PyTorch."""
     _check(x, parameters, hidden, outputs, added, limit)
-    sizes = _sizes(x.shape[1], hidden, outputs)
-    parts = parameters.split([size for n, m in sizes for size in (m * n, m)])
-    layers = [(parts[2 * i].view(m, n), parts[2 * i + 1]) for i, (n, m) in enumerate(sizes)]
+    if isinstance(parameters, Tensor):
+        sizes = _sizes(x.shape[1], hidden, outputs)
+        parts = parameters.split([size for n, m in sizes for size in (m * n, m)])
+        layers = [(parts[2 * i].view(m, n), parts[2 * i + 1]) for i, (n, m) in enumerate(sizes)]
+    else:
+        layers = list(parameters)
     with torch.autocast(x.device.type, enabled=False):
         h = x if limit is None else x.clamp(-limit, limit)
         for i, (weight, bias) in enumerate(layers[: len(hidden)]):
@@ -100,7 +87,7 @@ def perceptron_reference(
 
 def _check(
     x: Tensor,
-    parameters: Tensor,
+    parameters: Parameters,
     hidden: Sequence[int],
     outputs: Sequence[int],
     added: Tensor | None,
@@ -110,20 +97,30 @@ def _check(
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.dim() != 2 or not x.shape[1]:
         raise ValueError(f"x must have shape [N, D] with D at least 1, got {list(x.shape)}")
-    for name, sizes in (("hidden", hidden), ("outputs", outputs)):
-        if not sizes or min(sizes) < 1:
-            raise ValueError(f"{name} must be the widths of at least one layer, got {tuple(sizes)}")
-    count = sum(m * n + m for n, m in _sizes(x.shape[1], hidden, outputs))
-    for name, value, shape in (("parameters", parameters, [count]), ("added", added, [x.shape[0], hidden[0]])):
-        if name == "added" and value is None:
-            continue
-        if not isinstance(value, Tensor) or value.dtype is not x.dtype or value.device != x.device:
-            what = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a tensor of {x.dtype} on {x.device} like x, got {what}")
-        if list(value.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {list(value.shape)}")
+    for name, widths in (("hidden", hidden), ("outputs", outputs)):
+        if not widths or min(widths) < 1:
+            raise ValueError(f"{name} must be the widths of at least one layer, got {tuple(widths)}")
     if limit is not None and not limit > 0:
         raise ValueError(f"limit must be positive or None, got {limit!r}")
+    sizes = _sizes(x.shape[1], hidden, outputs)
+    if isinstance(parameters, Tensor):
+        _check_one("parameters", parameters, x, [sum(m * n + m for n, m in sizes)])
+    else:
+        if len(parameters) != len(sizes):
+            raise ValueError(f"parameters must have weight and bias of {len(sizes)} layers, got {len(parameters)}")
+        for i, ((weight, bias), (n, m)) in enumerate(zip(parameters, sizes, strict=True)):
+            _check_one(f"weight {i} of parameters", weight, x, [m, n])
+            _check_one(f"bias {i} of parameters", bias, x, [m])
+    if added is not None:
+        _check_one("added", added, x, [x.shape[0], hidden[0]])
+
+
+def _check_one(name: str, value: Tensor, x: Tensor, shape: list[int]) -> None:
+    if not isinstance(value, Tensor) or value.dtype is not x.dtype or value.device != x.device:
+        what = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of {x.dtype} on {x.device} like x, got {what}")
+    if list(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {list(value.shape)}")
 
 
 @functools.lru_cache(maxsize=256)
@@ -197,42 +194,49 @@ class _Perceptron(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        parameters: Tensor,
         added: Tensor | None,
         hidden: tuple[int, ...],
         outputs: tuple[int, ...],
         limit: float,
+        *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, parameters, added)
+        ctx.save_for_backward(x, added, *parameters)
         ctx.hidden, ctx.outputs, ctx.limit = hidden, outputs, limit
-        return tuple(_apply(x, parameters, added, hidden, outputs, limit))
+        return tuple(_apply(x, _join(parameters), added, hidden, outputs, limit))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, parameters, added = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:3])
+        x, added, *parameters = ctx.saved_tensors
+        by_x, by_added, _, _, _, *by_each = ctx.needs_input_grad
         # torch.compile has no second derivatives
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _differentiable_gradients(ctx, x, parameters, added, grads)
-        else:
-            dense = [g if g is None else g.contiguous() for g in grads]
-            found = _differentiate(x, parameters, added, dense, ctx.hidden, ctx.outputs, ctx.limit, wanted)
-        return *(g if want else None for g, want in zip(found, wanted, strict=True)), None, None, None
+            return _differentiable_gradients(ctx, x, added, parameters, grads)
+        dense = [g if g is None else g.contiguous() for g in grads]
+        wanted = [by_x, any(by_each), by_added]
+        joined = _join(parameters)
+        grad_x, grad, grad_added = _differentiate(x, joined, added, dense, ctx.hidden, ctx.outputs, ctx.limit, wanted)
+        of_each: Sequence[Tensor | None] = [None] * len(parameters)
+        if wanted[1]:
+            parts = grad.split([p.numel() for p in parameters])
+            of_each = [g.view(p.shape) if want else None for g, p, want in zip(parts, parameters, by_each, strict=True)]
+        return grad_x if by_x else None, grad_added if by_added else None, None, None, None, *of_each
 
 
 def _differentiable_gradients(
-    ctx: Any, x: Tensor, parameters: Tensor, added: Tensor | None, grads: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+    ctx: Any, x: Tensor, added: Tensor | None, parameters: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
     """The gradients as functions of the inputs and of ``grads``, by plain PyTorch."""
     # aliases, so that nothing but this network is differentiated
-    aliases = [t if t is None else t.view_as(t) for t in (x, parameters, added)]
-    leaves = [t for t, want in zip(aliases, ctx.needs_input_grad, strict=False) if t is not None and want]
-    given = {"hidden": ctx.hidden, "outputs": ctx.outputs, "limit": None if math.isinf(ctx.limit) else ctx.limit}
-    results = perceptron_reference(aliases[0], aliases[1], added=aliases[2], **given)  # type: ignore[arg-type]
+    x, added, *own = [t if t is None else t.view_as(t) for t in (x, added, *parameters)]
+    layers: Parameters = own[0] if len(own) == 1 else list(zip(own[::2], own[1::2], strict=True))
+    limit = None if math.isinf(ctx.limit) else ctx.limit
+    results = perceptron_reference(x, layers, hidden=ctx.hidden, outputs=ctx.outputs, added=added, limit=limit)
     pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
+    inputs = (x, added, None, None, None, *own)
+    leaves = [t for t, want in zip(inputs, ctx.needs_input_grad, strict=True) if want]
     found = iter(torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], create_graph=True))
-    return [next(found) if want else None for want in ctx.needs_input_grad[:3]]
+    return tuple(next(found) if want else None for want in ctx.needs_input_grad)
 
 
 def _supports(backend: str, inputs: dict[str, Any]) -> str | None:
@@ -259,7 +263,7 @@ def perceptron_serves(x: Tensor, hidden: Sequence[int], outputs: Sequence[int]) 
 
 def perceptron(
     x: Tensor,
-    parameters: Tensor,
+    parameters: Parameters,
     *,
     hidden: Sequence[int],
     outputs: Sequence[int],
@@ -271,7 +275,8 @@ def perceptron(
 
     Args:
         x: [N, D], floating point. float32 on CPUs has kernels, the rest the reference.
-        parameters: [P], weights and biases as :func:`perceptron_parameters` joins them.
+        parameters: (weight [out, in], bias [out]) of each hidden layer, then of each output; or all of them flattened in one
+            vector [P].
         hidden: widths of the hidden layers, at least one.
         outputs: sizes of the outputs, at least one.
         added: [N, hidden[0]], added to what enters the first ReLU.
@@ -285,19 +290,20 @@ def perceptron(
         TypeError, ValueError: for arguments of the wrong type, shape, dtype or device.
 
     >>> first, last = torch.nn.Linear(3, 8), torch.nn.Linear(8, 2)
-    >>> parameters = perceptron_parameters([(first.weight, first.bias), (last.weight, last.bias)])
-    >>> (y,) = perceptron(torch.randn(5, 3), parameters, hidden=(8,), outputs=(2,))
+    >>> layers = [(first.weight, first.bias), (last.weight, last.bias)]
+    >>> (y,) = perceptron(torch.randn(5, 3), layers, hidden=(8,), outputs=(2,))
     >>> y.shape
     torch.Size([5, 2])
     """
     _check(x, parameters, hidden, outputs, added, limit)
     if _dispatch.choose(SPEC, backend, x, inputs={"hidden": hidden, "outputs": outputs}) == "reference":
         return perceptron_reference(x, parameters, hidden=hidden, outputs=outputs, added=added, limit=limit)
-    x, parameters, added = x.contiguous(), parameters.contiguous(), added if added is None else added.contiguous()
+    x, added, tensors = x.contiguous(), added if added is None else added.contiguous(), _as_tensors(parameters)
+    tensors = tuple(t.contiguous() for t in tensors)
     most = math.inf if limit is None else float(limit)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, parameters, added)):
-        return _Perceptron.apply(x, parameters, added, tuple(hidden), tuple(outputs), most)
-    return tuple(_apply(x, parameters, added, tuple(hidden), tuple(outputs), most))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, added, *tensors)):
+        return _Perceptron.apply(x, added, tuple(hidden), tuple(outputs), most, *tensors)
+    return tuple(_apply(x, _join(tensors), added, tuple(hidden), tuple(outputs), most))
 
 
 def _example_inputs(
@@ -325,7 +331,7 @@ def _example_inputs(
         unit = units[min(len(units), len(hidden)) - 1] / 2
     return {
         "x": (draw(rows, *event) / 4).to(device, dtype),
-        "parameters": perceptron_parameters(layers).to(device, dtype),
+        "parameters": _join(_as_tensors(layers)).to(device, dtype),
         "hidden": hidden,
         "outputs": outputs,
         "added": (draw(rows, hidden[0]) * units[0]).to(device, dtype) if added else None,
