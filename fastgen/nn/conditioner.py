@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from fastgen import ops
 from fastgen.nn.conv import zero
 
 __all__ = ["LIMIT", "ConvConditioner", "MLPConditioner", "ResNetConditioner"]
@@ -45,6 +47,11 @@ class MLPConditioner(nn.Module):
         self.heads = nn.ModuleList(zero(head) if identity else head for head in heads)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
+        hidden, outputs = [layer.out_features for layer in (self.first, *self.rest)], [head.out_features for head in self.heads]
+        if ops.perceptron_serves(x, hidden, outputs) and all(_is_plain(layer) for layer in self._layers()):
+            parameters = [(layer.weight, layer.bias) for layer in self._layers()]
+            added = None if self.context is None else self.context(context)
+            return ops.perceptron(x, parameters, hidden=hidden, outputs=outputs, added=added, limit=LIMIT)
         h = self.first(x.clamp(-LIMIT, LIMIT))
         if self.context is not None:
             h = h + self.context(context)
@@ -53,6 +60,19 @@ class MLPConditioner(nn.Module):
         for layer in self.rest:
             h = torch.relu_(layer(h))
         return tuple(head(h) for head in self.heads)
+
+    def _layers(self) -> list[nn.Linear]:
+        return cast("list[nn.Linear]", [self.first, *self.rest, *self.heads])
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether calling this layer is its product in float32 and nothing else: no subclass, no hook, no tensor of another kind."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    plain = type(layer) is nn.Linear and not hooks and layer.bias is not None
+    return plain and all(type(p) in _KINDS and p.dtype is torch.float32 for p in (layer.weight, layer.bias))
+
+
+_KINDS = (nn.Parameter, Tensor)
 
 
 class ConvConditioner(nn.Module):

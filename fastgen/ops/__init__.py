@@ -15,6 +15,7 @@ from fastgen.ops.lu_linear_rebuild import RebuiltLinear, lu_linear_rebuild
 from fastgen.ops.moments import Moments, merge_moments, moments
 from fastgen.ops.nearest_code import CodeStatistics, NearestCode, nearest_code
 from fastgen.ops.normal import normal
+from fastgen.ops.perceptron import perceptron, perceptron_serves
 from fastgen.ops.reparameterize import Reparameterized, reparameterize
 from fastgen.ops.rq_spline import Splined, rq_spline
 from fastgen.ops.rq_spline_rebuild import RebuiltSpline, rq_spline_rebuild
@@ -68,6 +69,8 @@ __all__ = [
     "moments",
     "nearest_code",
     "normal",
+    "perceptron",
+    "perceptron_serves",
     "polar",
     "reparameterize",
     "rq_spline",
