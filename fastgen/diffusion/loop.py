@@ -159,7 +159,6 @@ def run(
     spare = torch.empty_like(x) if adjust is not None or (callback is not None and not slots) else None
     times = table.time[:, None].expand(-1, copies * samples).unbind()
     coefficients = table.coefficients.unbind()
-    alphas, sigmas = table.alpha.unbind(), table.sigma.unbind()
     bounds = None if table.bounds is None else table.bounds.unbind()
     keys = _advancing(key, evaluations)
     if adjust is not None:
@@ -182,7 +181,7 @@ def run(
         if adjust is not None:
             assert spare is not None
             ops.denoise(x, out, estimating[i], key, guidance=guidance, clamp=clamp, out=spare, return_x0=False)
-            out = adjust(Step(i, evaluations, times[i][:samples], alphas[i], sigmas[i], x, spare))
+            out = adjust(Step(i, evaluations, times[i][:samples], table.alpha[i], table.sigma[i], x, spare))
             weight, limit = None, None
         slot = spare if kept is None else kept[i % slots]
         ops.denoise(
@@ -199,7 +198,8 @@ def run(
             return_x0=slot is not None,
         )
         if callback is not None:
-            instead = callback(Step(i, evaluations, times[i][:samples], alphas[i + 1], sigmas[i + 1], x, slot))
+            now = table.alpha[i + 1], table.sigma[i + 1]
+            instead = callback(Step(i, evaluations, times[i][:samples], *now, x, slot))
             if instead is not None and instead is not x:
                 x.copy_(instead)
         if copies == 2:

@@ -1,5 +1,6 @@
 """denoise: the samplers of diffusers, step by step, as rows of coefficients; guidance, clamp, variance, history, noise."""
 
+import importlib
 import math
 
 import diffusers
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from fastgen import ops, random
+from fastgen.ops import _native
 from tests.ops.test_contract import BACKENDS, folder, running  # noqa: F401 - folder is a fixture
 
 SHAPE = (4, 3, 8, 8)
@@ -237,6 +239,35 @@ def test_out_may_be_the_state_itself():
         ops.denoise(x, m.requires_grad_(), row, key, out=state)
 
 
+@pytest.mark.skipif(not _native.ready(), reason="no C++ kernels here")
+@pytest.mark.parametrize("slots", [0, 2])
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("dtype", _native.DTYPES)
+def test_a_launch_gives_what_the_long_way_gives(slots, per_sample, dtype, monkeypatch):
+    x, m, *past = torch.randn(2 + slots, 5, 2, 7).to(dtype).unbind()
+    row = torch.tensor([*ROW, 0.4, -0.7][: 5 + slots])
+    row, key = (row.repeat(5, 1), random.key(list(range(5)))) if per_sample else (row, random.key(3))
+
+    def steps():
+        for into in (None, "x", "another", "both"):
+            for return_x0 in (False, True):
+                state, room = x.clone(), torch.empty_like(x)
+                out = {None: None, "x": state, "another": room, "both": (state, room) if return_x0 else state}[into]
+                history = torch.stack(past) if past else None
+                options = {"history": history, "clamp": (-1.0, 0.5), "out": out, "return_x0": return_x0}
+                yield ops.denoise(state, m, row, key, **options), out
+
+    at_once = list(steps())
+    module = importlib.import_module("fastgen.ops.denoise")
+    launched = []
+    monkeypatch.setattr(module, "_launched", lambda *args: launched.append(args))
+    for (made, out), (want, _) in zip(at_once, steps(), strict=True):
+        assert torch.equal(made.x_next, want.x_next)
+        assert made.x0 is want.x0 if want.x0 is None else torch.equal(made.x0, want.x0)
+        assert out is None or made.x_next is (out[0] if isinstance(out, tuple) else out)
+    assert len(launched) == len(at_once)
+
+
 def test_narrow_network_beside_a_float32_state():
     x, m = torch.randn(2, 4, 50).unbind()
     row, key = torch.tensor(ROW), random.key(3)
@@ -286,6 +317,21 @@ X = torch.zeros(3, 4)
         ((X, X, torch.tensor(ROW)), {"guidance": 2.0}, ValueError, r"with guidance must have shape \(6, 4\)"),
         ((X, X, torch.zeros(6)), {}, ValueError, r"coefficients must have shape \[5\] or \[3, 5\], got \[6\]"),
         ((X, X, ROW), {}, TypeError, "coefficients must be a floating-point tensor, got tuple"),
+        ((X, None, torch.tensor(ROW), random.key(0)), {}, TypeError, "model_out must be a floating-point tensor, got NoneType"),
+        ((X, X, None, random.key(0)), {}, TypeError, "coefficients must be a floating-point tensor, got NoneType"),
+        (
+            (X, X, torch.zeros(6), random.key(0)),
+            {"history": torch.zeros(2, 3, 4)},
+            ValueError,
+            r"coefficients must have shape \[7\] or \[3, 7\], got \[6\]",
+        ),
+        (
+            (X, X, torch.zeros(6), random.key(0)),
+            {"history": torch.zeros(1, 3, 5)},
+            ValueError,
+            r"history must have shape \(1, 3, 4\)",
+        ),
+        ((X, X, torch.tensor(ROW), random.key(0)), {"out": X[:2]}, ValueError, "out must be a tensor like x"),
         ((X, X, torch.tensor(ROW)), {"history": X}, ValueError, r"history must have shape \(3, 3, 4\)"),
         ((X, X, torch.tensor(ROW)), {"clamp": -1.0}, ValueError, r"clamp must be a positive number or \(low, high\), got -1.0"),
         ((X, X, torch.tensor(ROW)), {"log_variance": X[0]}, ValueError, r"log_variance must have shape \(3, 4\)"),

@@ -19,7 +19,7 @@ DRAWS = (16, 1 << 18)  # 2^22
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bits_are_the_references(backend, folder):  # noqa: F811
     key = random.key(-12345678901, stream=200, step=77, sample=2**40)
-    for shape in ((4, 1 << 18), (1 << 10, 1 << 10), (1 << 18, 4)):
+    for shape in ((4, 1 << 18), (1 << 10, 1 << 10), (1 << 18, 4), (997, 1), (997, 2), (997, 3), (37, 196)):
         expected = _philox.normals(shape, key)
         with running(backend, folder):
             assert torch.equal(ops.normal(shape, key).view(torch.int32), expected.view(torch.int32))
