@@ -241,8 +241,8 @@ def _fill(
         dtypes = _native.DTYPES
         _native.kernel("denoise_fwd")(
             dtypes[x.dtype], dtypes[model_out.dtype], rows, event, x, memory, model_stride, history, past, coefficients,
-            _row_stride(coefficients), key, key.numel() // 4 if key is not None else 0, noise, guided, guidance, scale, low, high,
-            variance, variance_stride, bounds, _row_stride(bounds), x_next, x0, fast, torch.get_num_threads(),
+            _row_stride(coefficients), key, key.numel() // 4 if key is not None else 0, noise, guided, guidance, scale, low,
+            high, variance, variance_stride, bounds, _row_stride(bounds), x_next, x0, fast, torch.get_num_threads(),
         )  # fmt: skip
     else:
         _dispatch.triton_module("denoise").denoise_fwd(
