@@ -254,8 +254,8 @@ def _fill(
 _LAUNCHES = {
     (out, x0): _native.Launch(
         "denoise_fwd",
-        "dtype dtype rows event like like event history table5 key null null null null number number "
-        f"null null null null {out} {x0} flag threads",
+        "dtype dtype rows event like like event history table5 key null 0 null 0 number number "
+        f"null 0 null 0 {out} {x0} flag threads",
     )
     for out in (">like", "like")
     for x0 in ("null", ">like", "like")
