@@ -155,12 +155,12 @@ class Launch {
   // What a word says, and how plans spell it. From LIKE to NUMBER the caller gives it.
   enum Word {
     DTYPE, ROWS, EVENT, CHANNELS, THREADS, NONE, LITERAL,
-    LIKE, WIDE, ROW, WEIGHTS, HISTORY, TABLE4, TABLE5, KEY, FLAG, NUMBER,
+    LIKE, LIKE_OR_NONE, WIDE, ROW, WEIGHTS, HISTORY, TABLE4, TABLE5, KEY, FLAG, NUMBER,
     NEW_LIKE, NEW_WIDE, NEW_ROW,
   };
   static constexpr const char* WORDS[] = {
       "dtype", "rows", "event", "channels", "threads", "null", "(literal)",                          //
-      "like",  "wide", "row",   "weights",  "history", "table4", "table5", "key", "flag", "number",  //
+      "like",  "like?", "wide", "row", "weights", "history", "table4", "table5", "key", "flag", "number",  //
       ">like", ">wide", ">row",
   };
 
@@ -193,6 +193,7 @@ class Launch {
   }
 
   static bool is_given(Word word) { return LIKE <= word && word <= NUMBER; }
+  static bool is_like(Word word) { return word == LIKE || word == LIKE_OR_NONE; }
   static bool is_table(Word word) { return word == TABLE4 || word == TABLE5; }
   static size_t slots_of(Word word) { return word == WEIGHTS || word == HISTORY || is_table(word) || word == KEY ? 2 : 1; }
 
@@ -203,7 +204,7 @@ class Launch {
       const bool one = t.ndim == 1 && t.shape[0] == 4, many = t.ndim == 2 && t.shape[0] == like.rows && t.shape[1] == 4;
       return t.dtype.code == dlpack::INT && t.dtype.bits == 64 && (one || many);
     }
-    if (storage_code(t) != (word == LIKE || word == HISTORY ? like.code : 0)) return false;
+    if (storage_code(t) != (is_like(word) || word == HISTORY ? like.code : 0)) return false;
     if (word == HISTORY) return t.ndim == first.ndim + 1 && std::equal(first.shape, first.shape + first.ndim, t.shape + 1);
     if (is_table(word)) {
       const int64_t columns = word == TABLE4 ? 4 : 5 + like.past;
@@ -252,6 +253,7 @@ class Launch {
         if (slot->real == -1.0 && PyErr_Occurred()) return LONG_WAY;
       } else if (given) {
         dlpack::Tensor t{};
+        if (given == Py_None && (word == LIKE || is_table(word))) return LONG_WAY;  // no kernel does without
         if (given != Py_None) {
           if (!read(given, t) || !fits(word, t, like)) return LONG_WAY;
           record |= enabled && own(PyObject_GetAttr(given, torch.requires_grad)).ptr() != Py_False;

@@ -132,6 +132,7 @@ class Launch:
     channels                0, or the channels of the first tensor where it lies in memory channels last
     threads, null, 0 ..     PyTorch's number of threads; a null pointer; the whole number as it stands
     like, wide, row         a tensor given by the caller: as the first; its shape in float32; [samples] in float32
+    like?                   the same as like, or None
     weights                 [samples] or [] in float32, and its number of dimensions: two arguments
     history                 [H, ...], H tensors like the first, and H: two arguments
     table4                  coefficients in float32, [4] or [samples, 4], and the distance of two rows, 0 or 4: two arguments
@@ -141,7 +142,8 @@ class Launch:
     >like, >wide, >row      the same, allocated here and returned
     ======================  =============================================================================================
 
-    A tensor given may be None, a null pointer. The caller gives dense tensors on the CPU that fit.
+    A tensor given may be None, a null pointer, unless the word is like or a table. The caller gives dense tensors on the CPU
+    that fit.
     """
 
     def __init__(self, name: str, plan: str) -> None:

@@ -275,7 +275,7 @@ def _launched(
     fast: bool,
 ) -> Denoised | None:
     """The step by a launch; None where something is not plain, and nothing has been done."""
-    if key is None or model_out is None or coefficients is None:  # a launch takes None for a null pointer
+    if key is None:
         return None
     low, high = _limits(clamp)
     if out is None:
@@ -287,7 +287,7 @@ def _launched(
         made = launch.attempt(x, model_out, history, coefficients, key, low, high, out, fast)
         return Denoised(out, made[0] if return_x0 else None) if isinstance(made, tuple) else None
     to, room = out
-    if to is None or room is None or not return_x0:
+    if not return_x0:
         return None
     made = _LAUNCHES["like", "like"].attempt(x, model_out, history, coefficients, key, low, high, to, room, fast)
     return Denoised(to, room) if isinstance(made, tuple) else None

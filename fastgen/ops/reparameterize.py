@@ -55,7 +55,7 @@ def reparameterize_reference(
 
 _forward_cpp = _native.Launch("reparameterize_fwd", "dtype rows event like like key wide >like >row null flag threads")
 _forward_cpp_keeping = _native.Launch("reparameterize_fwd", "dtype rows event like like key wide >like >row >wide flag threads")
-_backward_cpp = _native.Launch("reparameterize_bwd", "dtype rows event like like key wide like row >like >like flag threads")
+_backward_cpp = _native.Launch("reparameterize_bwd", "dtype rows event like like key wide like? row >like >like flag threads")
 
 
 def _forward(
@@ -157,7 +157,7 @@ def _backward_again(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
 _record = _native.Record(
     _forward_cpp,
     _forward_cpp_keeping,
-    _native.Launch("reparameterize_bwd", "dtype rows event like like null 0 wide like row >like >like 0 threads"),
+    _native.Launch("reparameterize_bwd", "dtype rows event like like null 0 wide like? row >like >like 0 threads"),
     takes="i0 i1 o2 g0 g1",
     gives="o0 o1",
     returns=2,

@@ -69,6 +69,7 @@ class _Subclass(torch.Tensor):
         _replace(0, torch.zeros(6, 5, 3).as_subclass(_Subclass)),
         _replace(0, torch.zeros(6, 5, 3).to_sparse()),
         _replace(0, "mean"),
+        _replace(1, None),
         _replace(1, torch.zeros(6, 5, 4)),
         _replace(1, torch.zeros(6, 5, 3, dtype=torch.bfloat16)),
         _replace(2, torch.zeros(3, dtype=torch.int64)),
@@ -77,7 +78,7 @@ class _Subclass(torch.Tensor):
         _replace(3, torch.zeros(6, 15)),
     ],
     ids=[
-        *("strided", "float64", "scalar", "meta", "subclass", "sparse", "no tensor", "other shape", "other dtype"),
+        *("strided", "float64", "scalar", "meta", "subclass", "sparse", "no tensor", "none", "other shape", "other dtype"),
         *("short key", "int32 key", "keys of other samples", "noise of another shape"),
     ],
 )
