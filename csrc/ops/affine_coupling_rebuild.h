@@ -16,13 +16,13 @@ INLINE void affine_coupling_rebuild_as(int64_t rows, int64_t event, const T* y, 
     const int64_t offset = tile.row * event + tile.begin;
     const auto map = [&](int64_t i, int64_t n, vf by_log_det) {
       const vf raw = block_load(log_scale + i, n), by_y = block_load(grad_y + i, n);
-      const CouplingScale scale = coupling_scale<B, false>(raw);
+      const auto scale = coupling_scale<B, false, 1>(&raw);
       const vf moved = block_load(y + i, n) - block_load(shift + i, n);
-      block_store(x + i, moved * coupling_scale<B, true>(raw).factor, n, stream);
-      block_store(grad_x + i, by_y * scale.factor, n, stream);
+      block_store(x + i, moved * *coupling_scale<B, true, 1>(&raw).factor, n, stream);
+      block_store(grad_x + i, by_y * *scale.factor, n, stream);
       vf by_log = fma(by_y, moved, by_log_det);
       if constexpr (B == UNBOUNDED) by_log = fma(raw, splat(0.0f), by_log);  // nothing else would show a NaN there
-      block_store(grad_log_scale + i, by_log * scale.slope, n, stream);
+      block_store(grad_log_scale + i, by_log * *scale.slope, n, stream);
     };
     if (event < LANES) {
       float spread[TILE];

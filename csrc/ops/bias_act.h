@@ -32,8 +32,8 @@ INLINE Jet activate(vf v, const ActOptions& o) {
     return {above ? v * o.scale : expm1(v) * o.low, above ? splat(o.scale) : e, v >= 0.0f ? zero : e};  // as PyTorch at 0
   }
   if constexpr (A == TANH) {
-    const vf m = expm1(-2.0f * abs(v)), quotient = 1.0f / (2.0f + m);
-    const vf t = copy_sign(m * quotient, v), slope = 4.0f * (1.0f + m) * (quotient * quotient);
+    vf t, slope;
+    tanh_and_slope<1>(&v, &t, &slope);
     return {t, slope, -2.0f * t * slope};
   }
   // sigmoid and its complement without a subtraction

@@ -72,17 +72,26 @@ def affine_coupling_reference(
     return Coupled(y.to(x.dtype), s.reshape(len(s), math.prod(s.shape[1:])).sum(1))
 
 
-def _forward(x: Tensor, shift: Tensor, log_scale: Tensor, bound: int, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
+_forward_cpp = _native.Launch("affine_coupling_fwd", "dtype rows event like like like >like >row flag flag flag threads")
+_backward_cpp = _native.Launch(
+    "affine_coupling_bwd", "dtype rows event like null like like row >like null >like flag flag threads"
+)
+_backward_of_inverse_cpp = _native.Launch(
+    "affine_coupling_bwd", "dtype rows event like like like like row >like >like >like flag flag threads"
+)
+
+
+def _flags(bound: int) -> tuple[bool, bool]:
+    """The code of a bound as the launches take it."""
+    return bound == BOUNDS["tanh"], bound == BOUNDS["sigmoid"]
+
+
+def _forward(x: Tensor, shift: Tensor, log_scale: Tensor, bound: int, inverse: bool, backend: str) -> tuple[Tensor, ...]:
+    if backend == "cpp":
+        return _forward_cpp(x, shift, log_scale, *_flags(bound), inverse)
     y, log_det = torch.empty_like(x), _checks.per_sample(x)
     rows, event = _checks.as_rows(x)
-    if backend == "cpp":
-        _native.kernel("affine_coupling_fwd")(
-            _native.DTYPES[x.dtype], rows, event, x, shift, log_scale, y, log_det, bound, inverse, torch.get_num_threads()
-        )
-    else:
-        _dispatch.triton_module("affine_coupling").affine_coupling_fwd(
-            rows, event, x, shift, log_scale, y, log_det, bound, inverse
-        )
+    _dispatch.triton_module("affine_coupling").affine_coupling_fwd(rows, event, x, shift, log_scale, y, log_det, bound, inverse)
     return y, log_det
 
 
@@ -94,20 +103,19 @@ def _backward(
     grad_log_det: Tensor | None,
     bound: int,
     backend: str,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, ...]:
+    """The gradients of x, of shift for the inverse alone, and of log_scale."""
+    if backend == "cpp":
+        if shift is None:
+            return _backward_cpp(x, log_scale, grad_y, grad_log_det, *_flags(bound))
+        return _backward_of_inverse_cpp(x, shift, log_scale, grad_y, grad_log_det, *_flags(bound))
     grad_x, grad_log_scale = torch.empty_like(x), torch.empty_like(x)
     grad_shift = None if shift is None else torch.empty_like(x)
     rows, event = _checks.as_rows(x)
-    if backend == "cpp":
-        _native.kernel("affine_coupling_bwd")(
-            _native.DTYPES[x.dtype], rows, event, x, shift, log_scale, grad_y, grad_log_det, grad_x, grad_shift,
-            grad_log_scale, bound, torch.get_num_threads(),
-        )  # fmt: skip
-    else:
-        _dispatch.triton_module("affine_coupling").affine_coupling_bwd(
-            rows, event, x, shift, log_scale, grad_y, grad_log_det, grad_x, grad_shift, grad_log_scale, bound
-        )
-    return grad_x, grad_shift, grad_log_scale
+    _dispatch.triton_module("affine_coupling").affine_coupling_bwd(
+        rows, event, x, shift, log_scale, grad_y, grad_log_det, grad_x, grad_shift, grad_log_scale, bound
+    )
+    return (grad_x, grad_log_scale) if grad_shift is None else (grad_x, grad_shift, grad_log_scale)
 
 
 _GRADIENTS = "Tensor? grad_y, Tensor? grad_log_det, int bound, str backend"
@@ -122,7 +130,7 @@ _transform = _dispatch.raw_op(
 _differentiate = _dispatch.raw_op(
     "affine_coupling_bwd",
     f"(Tensor x, Tensor log_scale, {_GRADIENTS}) -> (Tensor, Tensor)",
-    lambda x, log_scale, *rest: _backward(x, None, log_scale, *rest)[::2],
+    lambda x, log_scale, *rest: _backward(x, None, log_scale, *rest),
     lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
 )
 _differentiate_inverse = _dispatch.raw_op(
@@ -158,6 +166,9 @@ class _AffineCoupling(torch.autograd.Function):
         return *grads, None, None, None
 
 
+_apply = _dispatch.applier(_AffineCoupling)
+
+
 def affine_coupling(
     x: Tensor,
     shift: Tensor,
@@ -190,6 +201,12 @@ def affine_coupling(
     (torch.Size([8, 16]), torch.Size([8]))
     """
     code = bound_code(bound)
+    if _dispatch.launch_mode(backend, None) is not None:
+        made = _forward_cpp.attempt(x, shift, log_scale, *_flags(code), inverse)
+        if made:
+            return Coupled._make(made)
+        if made is False:
+            return Coupled._make(_apply(x, shift, log_scale, code, inverse, "cpp"))
     x, shift, log_scale = _checks.common(x=x, shift=shift, log_scale=log_scale)
     chosen = _dispatch.choose(SPEC, backend, x)
     if chosen == "reference":
