@@ -19,7 +19,7 @@ __all__ = ["LIMIT", "ConvConditioner", "MLPConditioner", "ResNetConditioner", "k
 LIMIT = 1e9
 """Inputs of conditioners saturate here: beyond, sums overflow float32 and no finite output is left."""
 
-_keep = contextvars.ContextVar("keep", default=False)
+_keep: contextvars.ContextVar[bool | None] = contextvars.ContextVar("keep", default=None)
 
 
 @contextlib.contextmanager

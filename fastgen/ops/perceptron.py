@@ -9,7 +9,8 @@ with h the last hidden layer. ``added`` is what else enters the first layer, a p
 
 A tile of samples goes through all layers while its activations lie in the cache, bias, ReLU and its derivative on the way: that
 is faster than a library's matrix products with passes over the activations between them as long as layers are narrow, see
-:func:`perceptron_serves`. The backward pass computes the hidden layers again, tile by tile: nothing is kept but the inputs. Sums are in a fixed order: nothing depends on the
+:func:`perceptron_serves`. For large batches the backward pass computes the hidden layers again, tile by tile, and nothing is kept
+but the inputs. Sums are in a fixed order: nothing depends on the
 number of threads. Second derivatives are those of the reference.
 
 float32 on CPUs has kernels. Elsewhere the reference serves: the matrix products are those of PyTorch's libraries.
@@ -39,6 +40,8 @@ _TILE, _PANEL = 128, 32
 """Samples of a tile, and columns that lie together, in hidden layers that are kept."""
 _MOST_HIDDEN, _MOST_OUTPUTS = 7, 4
 _ABSENT = (None,) * _MOST_OUTPUTS
+_KEPT = 1 << 20
+"""Numbers in hidden layers that are still kept by default."""
 _WIDEST = 512
 """From here on a tile of a layer does not fit in the cache beside its weights."""
 
@@ -285,7 +288,7 @@ def perceptron(
     outputs: Sequence[int],
     added: Tensor | None = None,
     limit: float | None = None,
-    keep: bool = False,
+    keep: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Apply a fully connected network with ReLU after each layer but the last, which may be several side by side.
@@ -298,8 +301,8 @@ def perceptron(
         outputs: sizes of the outputs, at least one.
         added: [N, hidden[0]], added to what enters the first ReLU.
         limit: x saturates at -limit and limit; None: it does not.
-        keep: keep the hidden layers for the backward pass: faster where that follows at once, while they lie in a cache. As it
-            is they are computed again, tile by tile, which takes no memory and as long as to read them from far away.
+        keep: keep the hidden layers for the backward pass, or compute them again there, tile by tile, which takes no memory:
+            faster than to read them from far away, slower than from a cache. None: keep up to 4 MB of them.
         backend: None, "reference" or "cpp".
 
     Returns:
@@ -320,6 +323,7 @@ def perceptron(
     x, added, tensors = x.contiguous(), added if added is None else added.contiguous(), _as_tensors(parameters)
     tensors = tuple(t.contiguous() for t in tensors)
     most = math.inf if limit is None else float(limit)
+    keep = x.shape[0] * sum(hidden) <= _KEPT if keep is None else keep
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, added, *tensors)):
         return _Perceptron.apply(x, added, tuple(hidden), tuple(outputs), most, keep, *tensors)
     return tuple(_apply(x, _join(tensors), added, tuple(hidden), tuple(outputs), most, False)[:-1])
@@ -336,7 +340,7 @@ def _example_inputs(
     outputs: tuple[int, ...] = (5, 40),
     added: bool = False,
     limit: float | None = 1.125,
-    keep: bool = False,
+    keep: bool | None = None,
 ) -> dict[str, Any]:
     # Multiples of powers of two, and biases between them: nothing that enters a ReLU is so near to zero that rounding could
     # take it to the other side, where the gradient is another.
@@ -385,7 +389,7 @@ SPEC = OpSpec(
         "outputs": ((5, 40), (1, 1), (32, 32)),
         "added": (False, True),
         "limit": (1.125, None),
-        "keep": (False, True),
+        "keep": (None, False),
     },
     event_ranks=(1,),
     sizes=(1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 63, 64, 65, 127, 300),
