@@ -47,6 +47,7 @@ _ONEDNN = ("oneDNN, weight laid out beforehand",)
 _GROUP_NORM = ("group_norm_silu", 8, (256, 32, 32), _EAGER + _COMPILED)
 _LAST = (("channels_last", True),)
 _TANH = (("bound", "tanh"),)
+_PERCEPTRON = (("hidden", (128, 128)), ("outputs", (32, 32)))
 _IMAGES = (3, 32, 32)
 _DDPM = (("history", 0), ("clamp", 1.0))
 _DDIM = (("history", 0), ("deterministic", True))
@@ -95,6 +96,11 @@ FIGURES = (
     Figure("affine_coupling 4096x512, forward + backward", "affine_coupling", 4096, (512,), _COMPILED, 1.3, 1.0, mode="fwdbwd"),
     Figure("lu_linear 16x48x16x16", "lu_linear", 16, (48, 16, 16), _EAGER, 1.5, 1.0),
     Figure("lu_linear 16x48x16x16, forward + backward", "lu_linear", 16, (48, 16, 16), _EAGER, 1.5, 1.0, mode="fwdbwd"),
+    Figure("perceptron 4096x32, hidden 128-128", "perceptron", 4096, (32,), _EAGER, 1.3, 1.0, flags=_PERCEPTRON),
+    Figure(
+        "perceptron 4096x32, hidden 128-128, forward + backward", "perceptron", 4096, (32,), _EAGER, 1.6, 1.2, mode="fwdbwd",
+        flags=_PERCEPTRON,
+    ),
     Figure("rq_spline 4096x32, 8 bins", "rq_spline", 4096, (32,), _SPLINES, 30, 20),
     Figure("rq_spline 4096x32, 8 bins, forward + backward", "rq_spline", 4096, (32,), _SPLINES, 20, 10, mode="fwdbwd"),
     Figure("rq_spline 4096x32, 8 bins", "rq_spline", 4096, (32,), _COMPILED_SPLINE, 6, 4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -193,6 +194,42 @@ def _eager_lu_linear(
 
 def _lu_linear(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
     return bind(_eager_lu_linear, inputs, mode, ("x", "lower", "upper", "log_diagonal"))
+
+
+def _linear_layers(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
+    """As a module of linear layers has it."""
+    hidden, outputs, limit = inputs["hidden"], inputs["outputs"], inputs["limit"]
+    widths = [inputs["x"].shape[1], *hidden]
+    sizes = [*itertools.pairwise(widths), *((widths[-1], m) for m in outputs)]
+    parts = iter(inputs["parameters"].split([k for n, m in sizes for k in (n * m, m)]))
+    # parameters of their own, as a module has them
+    arguments = {"x": inputs["x"]} | ({} if inputs["added"] is None else {"added": inputs["added"]})
+    for i, (n, m) in enumerate(sizes):
+        arguments |= {f"weight{i}": next(parts).view(m, n).clone(), f"bias{i}": next(parts).clone()}
+
+    def apply(x: Tensor, added: Tensor | None = None, **layers: Tensor) -> tuple[Tensor, ...]:
+        linear = torch.nn.functional.linear
+        h = x if limit is None else x.clamp(-limit, limit)
+        for i in range(len(hidden)):
+            h = linear(h, layers[f"weight{i}"], layers[f"bias{i}"])
+            h = torch.relu_(h if i or added is None else h + added)
+        return tuple(linear(h, layers[f"weight{i}"], layers[f"bias{i}"]) for i in range(len(hidden), len(sizes)))
+
+    return bind(apply, arguments, mode, tuple(arguments))
+
+
+def _check_linear_layers(inputs: dict[str, Any]) -> None:
+    from fastgen.ops.perceptron import perceptron_reference
+
+    known = {name: value for name, value in inputs.items() if name != "keep"}
+    names = ("x", "added", "parameters")
+    expected = bind(perceptron_reference, known, "fwdbwd", names)()
+    found = _linear_layers(inputs, "fwdbwd")()
+    first = len(expected) - 1
+    joined = torch.cat([g.flatten() for g in found[first:]])
+    for got, right in zip((*found[:first], joined), expected, strict=True):
+        if not torch.allclose(got, right, rtol=1e-4, atol=1e-4 * float(right.detach().abs().max())):
+            raise ParityError("not the outputs and gradients of the reference")
 
 
 def _torch_quantile(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
@@ -405,6 +442,7 @@ PEERS: dict[str, list[Peer]] = {
         Peer("torch.compile of it", _group_norm(_compiled_group_norm)),
     ],
     "lu_linear": [Peer("eager PyTorch", _lu_linear)],
+    "perceptron": [Peer("eager PyTorch", _linear_layers, _check_linear_layers)],
     "codebook_step": [Peer("vector-quantize-pytorch", _vq_step, _check_vq_step, modes=("fwd",))],
     "dynamic_threshold": [Peer("torch.quantile, clamp, divide", _torch_quantile, modes=("fwd",))],
     "rq_spline": [

@@ -159,7 +159,9 @@ struct Layers {
 struct ForwardWeights {
   Aligned memory;
   float *weight[MOST_LAYERS], *bias[MOST_LAYERS];
-  ForwardWeights(const Layers& layers, const float* parameters) : memory(size(layers)) {
+  // Empty where there are no parameters.
+  ForwardWeights(const Layers& layers, const float* parameters) : memory(parameters ? size(layers) : 0) {
+    if (!parameters) return;
     float* at = memory.data;
     for (int64_t i = 0; i < layers.count; ++i) {
       const int64_t outputs = padded(layers.width[i + 1]), inputs = layers.width[i];
@@ -260,7 +262,7 @@ INLINE void compute_hidden(const Layers& layers, const ForwardWeights& weights, 
   }
 }
 
-// A thread's activations of one tile, and room for two more. All starts at zero, as the padding must stay.
+// A thread's activations of one tile, and room for two more.
 struct Activations {
   Aligned memory;
   float *of[MOST_LAYERS], *spare[2];
@@ -273,6 +275,13 @@ struct Activations {
     }
     spare[0] = at, spare[1] = at + TILE_ROWS * layers.widest;
   }
+  // The hidden layers lie in what is kept for the backward pass instead.
+  void take(const Layers& layers, float* hidden, int64_t tile) {
+    for (int64_t i = 1; i < layers.count; ++i) {
+      of[i] = hidden + tile * TILE_ROWS * padded(layers.width[i]);
+      hidden += layers.tiles * TILE_ROWS * padded(layers.width[i]);
+    }
+  }
   static int64_t size(const Layers& layers) {
     int64_t columns = 2 * layers.widest;
     for (int64_t i = 0; i < layers.count; ++i) columns += padded(layers.width[i]);
@@ -280,17 +289,18 @@ struct Activations {
   }
 };
 
-// added: null, or [rows, width[1]].
+// added: null, or [rows, width[1]]. hidden: null, or room for the hidden layers, by layers, tiles and panels.
 inline void perceptron_fwd(int64_t rows, int64_t hidden_layers, int64_t heads, const int64_t* widths, const float* x,
-                           const float* added, const float* parameters, double limit, float* y0, float* y1, float* y2,
-                           float* y3, int64_t threads) {
+                           const float* added, const float* parameters, double limit, float* hidden, float* y0, float* y1,
+                           float* y2, float* y3, int64_t threads) {
   const Layers layers(rows, hidden_layers, heads, widths);
   const ForwardWeights weights(layers, parameters);
   float* const outputs[MOST_HEADS] = {y0, y1, y2, y3};
   const int64_t last = layers.count - 1, depth = layers.width[last];
   parallel_ranges(layers.tiles, layers.worthwhile(threads), [&](int64_t begin, int64_t end) {
-    const Activations activation(layers);
+    Activations activation(layers);
     for (int64_t tile = begin; tile < end; ++tile) {
+      if (hidden) activation.take(layers, hidden, tile);
       read_input(layers, tile, x, (float)limit, activation.of[0]);
       compute_hidden(layers, weights, tile, added, activation.of);
       float* out = activation.spare[0];
@@ -346,13 +356,14 @@ INLINE void add_weight_gradient(int64_t count, int64_t outputs, int64_t inputs, 
   }
 }
 
-// A gradient of an output may be null: none came from it. So may be grad_x, grad_added and grad_parameters: not wanted.
+// A gradient of an output may be null: none came from it. So may be grad_x, grad_added and grad_parameters: not wanted. hidden:
+// null, or what the forward pass left there.
 inline void perceptron_bwd(int64_t rows, int64_t hidden_layers, int64_t heads, const int64_t* widths, const float* x,
-                           const float* added, const float* parameters, double limit, const float* grad0,
+                           const float* added, const float* parameters, double limit, float* hidden, const float* grad0,
                            const float* grad1, const float* grad2, const float* grad3, float* grad_x, float* grad_added,
                            float* grad_parameters, int64_t threads) {
   const Layers layers(rows, hidden_layers, heads, widths);
-  const ForwardWeights forward(layers, parameters);
+  const ForwardWeights forward(layers, hidden ? nullptr : parameters);
   const BackwardWeights backward(layers, parameters);
   const GradientSums sums(layers);
   const float* const grads[MOST_HEADS] = {grad0, grad1, grad2, grad3};
@@ -360,12 +371,13 @@ inline void perceptron_bwd(int64_t rows, int64_t hidden_layers, int64_t heads, c
   const bool unlimited = limit == (double)INFINITY;  // then a NaN in x lets its gradient pass, as it does in PyTorch
   float* partial = grad_parameters ? new float[tasks * sums.size + 1] : nullptr;
   parallel_ranges(tasks, layers.worthwhile(threads), [&](int64_t begin, int64_t end) {
-    const Activations activation(layers);
+    Activations activation(layers);
     for (int64_t tile = begin * TASK_TILES; tile < min(layers.tiles, end * TASK_TILES); ++tile) {
       const int64_t count = layers.rows_of(tile);
       float* own = partial ? partial + tile / TASK_TILES * sums.size : nullptr;
       read_input(layers, tile, x, (float)limit, activation.of[0]);
-      compute_hidden(layers, forward, tile, added, activation.of);
+      if (hidden) activation.take(layers, hidden, tile);
+      else compute_hidden(layers, forward, tile, added, activation.of);
       float *grad = activation.spare[0], *next = activation.spare[1];
       if (outputs % PANEL)
         for (int64_t j = 0; j < TILE_ROWS * PANEL; ++j) grad[outputs / PANEL * TILE_ROWS * PANEL + j] = 0;

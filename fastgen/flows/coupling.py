@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.flows.elementwise import Affine, Spline
 from fastgen.flows.transform import Bijection, gradients
+from fastgen.nn.conditioner import keep_activations
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "SplineCoupling", "halves"]
 
@@ -72,7 +73,7 @@ class Coupling(Bijection):
         """One pass of the conditioner serves the inverse and the gradients: the part that it reads is the same in x and y."""
         grad_stays, grad_moves = self._split(grad_y)
         stays, moves = self._split(y)
-        with torch.enable_grad():
+        with torch.enable_grad(), keep_activations():
             a = stays.detach().requires_grad_()
             theta = self.conditioner(a, context)
         with torch.no_grad():

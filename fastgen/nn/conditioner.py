@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -12,10 +14,24 @@ from torch import Tensor, nn
 from fastgen import ops
 from fastgen.nn.conv import zero
 
-__all__ = ["LIMIT", "ConvConditioner", "MLPConditioner", "ResNetConditioner"]
+__all__ = ["LIMIT", "ConvConditioner", "MLPConditioner", "ResNetConditioner", "keep_activations"]
 
 LIMIT = 1e9
 """Inputs of conditioners saturate here: beyond, sums overflow float32 and no finite output is left."""
+
+_keep: contextvars.ContextVar[bool | None] = contextvars.ContextVar("keep", default=None)
+
+
+@contextlib.contextmanager
+def keep_activations() -> Iterator[None]:
+    """Within the block, conditioners keep their activations for a backward pass that follows at once; see ``keep`` of
+    :func:`fastgen.ops.perceptron`.
+    """
+    token = _keep.set(True)
+    try:
+        yield
+    finally:
+        _keep.reset(token)
 
 
 class MLPConditioner(nn.Module):
@@ -51,7 +67,7 @@ class MLPConditioner(nn.Module):
         if ops.perceptron_serves(x, hidden, outputs) and all(_is_plain(layer) for layer in self._layers()):
             parameters = [(layer.weight, layer.bias) for layer in self._layers()]
             added = None if self.context is None else self.context(context)
-            return ops.perceptron(x, parameters, hidden=hidden, outputs=outputs, added=added, limit=LIMIT)
+            return ops.perceptron(x, parameters, hidden=hidden, outputs=outputs, added=added, limit=LIMIT, keep=_keep.get())
         h = self.first(x.clamp(-LIMIT, LIMIT))
         if self.context is not None:
             h = h + self.context(context)

@@ -9,8 +9,8 @@ with h the last hidden layer. ``added`` is what else enters the first layer, a p
 
 A tile of samples goes through all layers while its activations lie in the cache, bias, ReLU and its derivative on the way: that
 is faster than a library's matrix products with passes over the activations between them as long as layers are narrow, see
-:func:`perceptron_serves`. The backward pass computes the hidden layers again, tile by tile, which is faster than to read them
-from memory, and keeps nothing but the inputs. Sums are in a fixed order: nothing depends on the
+:func:`perceptron_serves`. For large batches the backward pass computes the hidden layers again, tile by tile, and nothing is kept
+but the inputs. Sums are in a fixed order: nothing depends on the
 number of threads. Second derivatives are those of the reference.
 
 float32 on CPUs has kernels. Elsewhere the reference serves: the matrix products are those of PyTorch's libraries.
@@ -36,8 +36,12 @@ from fastgen.ops._spec import OpSpec
 
 __all__ = ["perceptron", "perceptron_reference", "perceptron_serves"]
 
+_TILE, _PANEL = 128, 32
+"""Samples of a tile, and columns that lie together, in hidden layers that are kept."""
 _MOST_HIDDEN, _MOST_OUTPUTS = 7, 4
 _ABSENT = (None,) * _MOST_OUTPUTS
+_KEPT = 1 << 20
+"""Numbers in hidden layers that are still kept by default."""
 _WIDEST = 512
 """From here on a tile of a layer does not fit in the cache beside its weights."""
 
@@ -129,17 +133,27 @@ def _widths(*widths: int) -> Tensor:
     return torch.tensor(widths)
 
 
-def _results_like(x: Tensor, outputs: Sequence[int]) -> list[Tensor]:
-    return [x.new_empty(x.shape[0], size) for size in outputs]
+def _results_like(x: Tensor, hidden: Sequence[int], outputs: Sequence[int], keep: bool) -> list[Tensor]:
+    """The outputs, and the hidden layers in tiles and panels."""
+    columns = sum(-(-width // _PANEL) * _PANEL for width in hidden)
+    kept = x.new_empty(-(-x.shape[0] // _TILE) * _TILE * columns if keep else 0)
+    return [*(x.new_empty(x.shape[0], size) for size in outputs), kept]
 
 
 def _forward(
-    x: Tensor, parameters: Tensor, added: Tensor | None, hidden: Sequence[int], outputs: Sequence[int], limit: float
+    x: Tensor,
+    parameters: Tensor,
+    added: Tensor | None,
+    hidden: Sequence[int],
+    outputs: Sequence[int],
+    limit: float,
+    keep: bool,
 ) -> list[Tensor]:
-    results = _results_like(x, outputs)
+    results = _results_like(x, hidden, outputs, keep)
+    *heads, kept = results
     _native.kernel("perceptron_fwd")(
         x.shape[0], len(hidden), len(outputs), _widths(x.shape[1], *hidden, *outputs), x, added, parameters, limit,
-        *results, *_ABSENT[len(outputs) :], torch.get_num_threads(),
+        kept if keep else None, *heads, *_ABSENT[len(outputs) :], torch.get_num_threads(),
     )  # fmt: skip
     return results
 
@@ -157,6 +171,7 @@ def _backward(
     x: Tensor,
     parameters: Tensor,
     added: Tensor | None,
+    kept: Tensor,
     grads: Sequence[Tensor | None],
     hidden: Sequence[int],
     outputs: Sequence[int],
@@ -167,28 +182,29 @@ def _backward(
     grad_x, grad_parameters, grad_added = (g if want else None for g, want in zip(found, wanted, strict=True))
     _native.kernel("perceptron_bwd")(
         x.shape[0], len(hidden), len(outputs), _widths(x.shape[1], *hidden, *outputs), x, added, parameters, limit,
-        *grads, *_ABSENT[len(outputs) :], grad_x, grad_added, grad_parameters, torch.get_num_threads(),
+        kept if kept.numel() else None, *grads, *_ABSENT[len(outputs) :], grad_x, grad_added, grad_parameters, torch.get_num_threads(),
     )  # fmt: skip
     return found
 
 
 _apply = _dispatch.raw_op(
     "perceptron",
-    "(Tensor x, Tensor parameters, Tensor? added, int[] hidden, int[] outputs, float limit) -> Tensor[]",
+    "(Tensor x, Tensor parameters, Tensor? added, int[] hidden, int[] outputs, float limit, bool keep)"
+    " -> Tensor[]",
     _forward,
-    lambda x, parameters, added, hidden, outputs, limit: _results_like(x, outputs),
+    lambda x, parameters, added, hidden, outputs, limit, keep: _results_like(x, hidden, outputs, keep),
 )
 _differentiate = _dispatch.raw_op(
     "perceptron_bwd",
-    "(Tensor x, Tensor parameters, Tensor? added, Tensor?[] grads, int[] hidden, int[] outputs, float limit, bool[] wanted)"
-    " -> Tensor[]",
+    "(Tensor x, Tensor parameters, Tensor? added, Tensor kept, Tensor?[] grads, int[] hidden, int[] outputs, float limit,"
+    " bool[] wanted) -> Tensor[]",
     _backward,
-    lambda x, parameters, added, grads, hidden, outputs, limit, wanted: _gradients_like(x, parameters, hidden, wanted),
+    lambda x, parameters, added, kept, grads, hidden, outputs, limit, wanted: _gradients_like(x, parameters, hidden, wanted),
 )
 
 
 class _Perceptron(torch.autograd.Function):
-    """Saves the inputs."""
+    """Saves the inputs, and the hidden layers where they are to be kept."""
 
     @staticmethod
     def forward(
@@ -198,29 +214,32 @@ class _Perceptron(torch.autograd.Function):
         hidden: tuple[int, ...],
         outputs: tuple[int, ...],
         limit: float,
+        keep: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
+        *results, kept = _apply(x, _join(parameters), added, hidden, outputs, limit, keep)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, added, *parameters)
+        ctx.save_for_backward(x, added, kept, *parameters)
         ctx.hidden, ctx.outputs, ctx.limit = hidden, outputs, limit
-        return tuple(_apply(x, _join(parameters), added, hidden, outputs, limit))
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, added, *parameters = ctx.saved_tensors
-        by_x, by_added, _, _, _, *by_each = ctx.needs_input_grad
+        x, added, kept, *parameters = ctx.saved_tensors
+        by_x, by_added, _, _, _, _, *by_each = ctx.needs_input_grad
         # torch.compile has no second derivatives
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_gradients(ctx, x, added, parameters, grads)
         dense = [g if g is None else g.contiguous() for g in grads]
         wanted = [by_x, any(by_each), by_added]
         joined = _join(parameters)
-        grad_x, grad, grad_added = _differentiate(x, joined, added, dense, ctx.hidden, ctx.outputs, ctx.limit, wanted)
+        sizes = ctx.hidden, ctx.outputs
+        grad_x, grad, grad_added = _differentiate(x, joined, added, kept, dense, *sizes, ctx.limit, wanted)
         of_each: Sequence[Tensor | None] = [None] * len(parameters)
         if wanted[1]:
             parts = grad.split([p.numel() for p in parameters])
             of_each = [g.view(p.shape) if want else None for g, p, want in zip(parts, parameters, by_each, strict=True)]
-        return grad_x if by_x else None, grad_added if by_added else None, None, None, None, *of_each
+        return grad_x if by_x else None, grad_added if by_added else None, None, None, None, None, *of_each
 
 
 def _differentiable_gradients(
@@ -233,7 +252,7 @@ def _differentiable_gradients(
     limit = None if math.isinf(ctx.limit) else ctx.limit
     results = perceptron_reference(x, layers, hidden=ctx.hidden, outputs=ctx.outputs, added=added, limit=limit)
     pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
-    inputs = (x, added, None, None, None, *own)
+    inputs = (x, added, None, None, None, None, *own)
     leaves = [t for t, want in zip(inputs, ctx.needs_input_grad, strict=True) if want]
     found = iter(torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], create_graph=True))
     return tuple(next(found) if want else None for want in ctx.needs_input_grad)
@@ -269,6 +288,7 @@ def perceptron(
     outputs: Sequence[int],
     added: Tensor | None = None,
     limit: float | None = None,
+    keep: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Apply a fully connected network with ReLU after each layer but the last, which may be several side by side.
@@ -281,6 +301,8 @@ def perceptron(
         outputs: sizes of the outputs, at least one.
         added: [N, hidden[0]], added to what enters the first ReLU.
         limit: x saturates at -limit and limit; None: it does not.
+        keep: keep the hidden layers for the backward pass, or compute them again there, tile by tile, which takes no memory:
+            faster than to read them from far away, slower than from a cache. None: keep up to 4 MB of them.
         backend: None, "reference" or "cpp".
 
     Returns:
@@ -301,9 +323,10 @@ def perceptron(
     x, added, tensors = x.contiguous(), added if added is None else added.contiguous(), _as_tensors(parameters)
     tensors = tuple(t.contiguous() for t in tensors)
     most = math.inf if limit is None else float(limit)
+    keep = x.shape[0] * sum(hidden) <= _KEPT if keep is None else keep
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, added, *tensors)):
-        return _Perceptron.apply(x, added, tuple(hidden), tuple(outputs), most, *tensors)
-    return tuple(_apply(x, _join(tensors), added, tuple(hidden), tuple(outputs), most))
+        return _Perceptron.apply(x, added, tuple(hidden), tuple(outputs), most, keep, *tensors)
+    return tuple(_apply(x, _join(tensors), added, tuple(hidden), tuple(outputs), most, False)[:-1])
 
 
 def _example_inputs(
@@ -317,6 +340,7 @@ def _example_inputs(
     outputs: tuple[int, ...] = (5, 40),
     added: bool = False,
     limit: float | None = 1.125,
+    keep: bool | None = None,
 ) -> dict[str, Any]:
     # Multiples of powers of two, and biases between them: nothing that enters a ReLU is so near to zero that rounding could
     # take it to the other side, where the gradient is another.
@@ -336,6 +360,7 @@ def _example_inputs(
         "outputs": outputs,
         "added": (draw(rows, hidden[0]) * units[0]).to(device, dtype) if added else None,
         "limit": limit,
+        "keep": keep,
     }
 
 
@@ -364,6 +389,7 @@ SPEC = OpSpec(
         "outputs": ((5, 40), (1, 1), (32, 32)),
         "added": (False, True),
         "limit": (1.125, None),
+        "keep": (None, False),
     },
     event_ranks=(1,),
     sizes=(1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 63, 64, 65, 127, 300),
