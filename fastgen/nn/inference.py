@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fastgen import ops
 from fastgen.nn.conv import Conv2d
-from fastgen.nn.resnet import Upsample
+from fastgen.nn.resnet import ResBlock, Upsample
 from fastgen.nn.time import Conditioning
 
 __all__ = ["fast_dtype", "optimize", "relative_error"]
@@ -37,7 +38,8 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
     * On a CPU the weights of convolutions are laid out once for oneDNN instead of at every call, and the residual sum happens
       inside the convolution. In float32 "double the image, then convolve" is one transposed convolution where that is less
       work, and 3x3 convolutions go by minimal filtering (:func:`fastgen.ops.winograd_conv2d`) where that is faster: an error
-      of 1e-6 a layer, near that of plain sums, for a transformed copy of the weight of 2 to 4 times its size.
+      of 1e-6 a layer, near that of plain sums, for a transformed copy of the weight of 2 to 4 times its size. The projections
+      of the time in residual blocks are one product for all of them. The process keeps up to 64 MB of memory that it frees.
     * ``compile=True`` compiles the copy whole instead (slow on the first call of each shape).
 
     Args:
@@ -65,10 +67,59 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
         for name, module in list(fast.named_modules()):
             if isinstance(module, Upsample) and dtype == torch.float32:
                 fast.set_submodule(name, PackedUpsample(module, stored))
+        _share_projections(fast)
+        _keep_freed_memory()
         for name, module in list(fast.named_modules()):
             if type(module) is Conv2d:
                 fast.set_submodule(name, PackedConv2d(module, stored))
     return fast
+
+
+def _keep_freed_memory() -> None:
+    """Where freed memory goes back to the system, every layer takes its own anew, page by page: a tenth of the time of a U-Net.
+    glibc keeps twice the size of the largest block that was freed, up to one of 32 MB.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def _share_projections(network: nn.Module) -> None:
+    """Make one product of the projections of the embedding in all residual blocks that are fed one of the same size."""
+    blocks: dict[int, list[ResBlock]] = {}
+    for module in network.modules():
+        if isinstance(module, ResBlock) and isinstance(module.project, nn.Linear):
+            blocks.setdefault(module.project.in_features, []).append(module)
+    for alike in blocks.values():
+        shared = SharedProjections([cast(nn.Linear, block.project) for block in alike])
+        for i, block in enumerate(alike):
+            block.project = SharedProjection(shared, i)
+
+
+class SharedProjections:
+    """Linear maps of one vector, computed together for the first that asks."""
+
+    def __init__(self, maps: Sequence[nn.Linear]) -> None:
+        self.weight = torch.cat([m.weight.detach() for m in maps])
+        self.bias = torch.cat([m.bias.detach() for m in maps])
+        self.sizes = [m.out_features for m in maps]
+        self.last: tuple[Tensor, int, tuple[Tensor, ...]] | None = None
+
+    def __call__(self, embedding: Tensor, index: int) -> Tensor:
+        last = self.last  # read once: threads may share a network
+        version = 0 if embedding.is_inference() else embedding._version
+        if last is None or last[0] is not embedding or last[1] != version:
+            last = self.last = embedding, version, F.linear(embedding, self.weight, self.bias).split(self.sizes, 1)
+        return last[2][index]
+
+
+class SharedProjection(nn.Module):
+    """One of :class:`SharedProjections`."""
+
+    def __init__(self, shared: SharedProjections, index: int) -> None:
+        super().__init__()
+        self.shared, self.index = shared, index
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.shared(embedding, self.index)
 
 
 @torch.no_grad()

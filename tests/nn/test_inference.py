@@ -10,8 +10,16 @@ import torch.nn.functional as F
 
 from fastgen.nn import inference
 from fastgen.nn.autoencoder import ImageDecoder, ImageEncoder
-from fastgen.nn.inference import Filters, PackedConv2d, PackedUpsample, fast_dtype, optimize, relative_error
-from fastgen.nn.resnet import Upsample
+from fastgen.nn.inference import (
+    Filters,
+    PackedConv2d,
+    PackedUpsample,
+    SharedProjection,
+    fast_dtype,
+    optimize,
+    relative_error,
+)
+from fastgen.nn.resnet import ResBlock, Upsample
 from fastgen.ops import _native
 from tests.nn.networks import FULL, KINDS, build, inputs, randomise
 
@@ -62,6 +70,26 @@ def test_bfloat16_is_not_emulated(monkeypatch):
     huge = Filters(torch.full((32, 32, 3, 3), 3e4), torch.float16)
     h = torch.full((8, 32, 16, 16), 1e-4)
     torch.testing.assert_close(huge(h, torch.zeros(32)), F.conv2d(h, huge.weight, padding=1), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("modulation", ["add", "scale_shift"])
+@torch.no_grad()
+def test_projections_are_one_product(modulation):
+    net = build("unet", modulation=modulation)
+    fast = optimize(net, dtype=torch.float32)
+    own = [m for m in fast.modules() if isinstance(m, SharedProjection)]
+    assert len(own) == sum(isinstance(m, ResBlock) for m in net.modules()) > 4
+    assert len({id(m.shared) for m in own}) == 1
+    x, t, named = inputs("unet", size=(8, 8))
+    for time in (t, t[:1], 2 * t, t):  # none is served what was computed for another
+        assert relative_error(fast, net, x, time, **named) < 1e-5
+    with torch.inference_mode():
+        assert relative_error(fast, net, x, t, **named) < 1e-5
+    plain = next(m.project for m in net.modules() if isinstance(m, ResBlock))
+    vector = torch.randn(2, plain.in_features)
+    for _ in range(2):
+        torch.testing.assert_close(own[0](vector), plain(vector))
+        vector.add_(1)
 
 
 def test_convolutions_are_packed():
