@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -20,17 +21,37 @@ from benchmarks.measure import quantiles, time_rounds
 from benchmarks.models.case import Case, Goal, Side
 from benchmarks.parity import ParityError
 from benchmarks.table import aligned, markdown
+from fastgen.ops import _native
 
-__all__ = ["LIBRARIES", "WRONG", "ModelRow", "figure_table", "library_share", "peak_of_side", "row_table", "run_case"]
+__all__ = [
+    "KERNELS",
+    "OPERATORS",
+    "WRONG",
+    "ModelRow",
+    "figure_table",
+    "peak_of_side",
+    "product_share",
+    "row_table",
+    "run_case",
+]
 
 WRONG = "parity failed, not timed"
-LIBRARIES = (
+OPERATORS = (
     "mm", "addmm", "bmm", "baddbmm", "addmv", "dot", "mkldnn_linear", "_addmm_activation", "mkldnn_convolution", "slow_conv2d",
     "thnn_conv2d", "_slow_conv2d_forward", "_slow_conv2d_backward", "convolution_backward", "mkldnn_convolution_backward",
     "_convolution_pointwise", "_linear_pointwise", "conv_transpose2d", "slow_conv_transpose2d",
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
 )  # fmt: skip
 """Operators, without their namespace, that are a library's matrix product, convolution or attention."""
+KERNELS = (
+    "winograd_conv2d",
+    "winograd_conv2d_weight",
+    "lu_linear_fwd",
+    "lu_linear_bwd",
+    "lu_linear_rebuild",
+    "nearest_code_fwd",
+)
+"""Our own kernels that are one."""
 _AGAIN = "again"
 
 
@@ -51,8 +72,8 @@ class ModelRow:
     p80_ms: float | None = None
     rounds_ms: list[float] = dataclasses.field(default_factory=list)
     """Of every round: ratios of two sides are those of the same round."""
-    library_share: float | None = None
-    """Share of the time that is spent in matrix products, convolutions and attention of the libraries."""
+    product_share: float | None = None
+    """Share of the time that is spent in matrix products, convolutions and attention, the libraries' or our own."""
     peak_bytes: int | None = None
     """Memory that a call takes on top of what is held between calls, in a process of its own."""
     control: float | None = None
@@ -62,19 +83,35 @@ class ModelRow:
     threads: int | None = None
 
 
-def library_share(call: Callable[[], Any]) -> float | None:
-    """Share of the time of one call, which has run before, in operators of :data:`LIBRARIES`; None without events.
+def product_share(call: Callable[[], Any]) -> float | None:
+    """Share of the time of one call, which has run before, in :data:`OPERATORS` and :data:`KERNELS`; None without any.
 
     Profiling makes everything else look a little longer than it is.
     """
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    own = 0.0
+    find = _native.kernel
+
+    def timed(name: str) -> Callable[..., Any]:
+        kernel = find(name)
+
+        def run(*args: Any) -> Any:
+            nonlocal own
+            start = time.perf_counter()
+            result = kernel(*args)
+            own += time.perf_counter() - start
+            return result
+
+        return run if name in KERNELS else kernel
+
+    with mock.patch.object(_native, "kernel", timed), profile(activities=[ProfilerActivity.CPU]) as profiler:
         start = time.perf_counter()
         call()
         wall = time.perf_counter() - start
-    inside = sum(event.self_cpu_time_total for event in profiler.key_averages() if event.key.rpartition("::")[2] in LIBRARIES)
-    return min(1.0, inside / 1e6 / wall) if inside else None
+    others = sum(event.self_cpu_time_total for event in profiler.key_averages() if event.key.rpartition("::")[2] in OPERATORS)
+    inside = own + others / 1e6
+    return min(1.0, inside / wall) if inside else None
 
 
 def _status_bytes(field: str) -> int:
@@ -145,7 +182,7 @@ def run_case(case: Case, *, seconds: float = 0.0, tiny: bool = False, started: b
         rows.append(
             row(
                 name, error=errors.get(name), median_ms=took.median * 1e3, p20_ms=took.p20 * 1e3, p80_ms=took.p80 * 1e3,
-                rounds_ms=[1e3 * s for s in times[name].seconds], library_share=library_share(side.call),
+                rounds_ms=[1e3 * s for s in times[name].seconds], product_share=product_share(side.call),
                 peak_bytes=_peak_in_child(case, name, tiny) if case.memory else None, control=control,
                 contended=busy or not 0.97 <= control <= 1.03, foreign_cores=foreign,
             )
@@ -159,11 +196,11 @@ def _text(value: float | None, form: str) -> str:
 
 def row_table(rows: Sequence[ModelRow]) -> str:
     """Aligned text: one line a side, then those that were not timed."""
-    heads = ("case", "side", "ms", "p20", "p80", "in libraries", "peak MiB", "error")
+    heads = ("case", "side", "ms", "p20", "p80", "in products", "peak MiB", "error")
     lines = [
         (
             row.case, row.side, *(_text(v, ".2f") for v in (row.median_ms, row.p20_ms, row.p80_ms)),
-            _text(row.library_share, ".0%"), _text(row.peak_bytes and row.peak_bytes / 2**20, ".1f"), _text(row.error, ".1e"),
+            _text(row.product_share, ".0%"), _text(row.peak_bytes and row.peak_bytes / 2**20, ".1f"), _text(row.error, ".1e"),
         )
         for row in rows if row.status == "ok"
     ]  # fmt: skip
@@ -207,10 +244,10 @@ def figure_table(cases: Sequence[Case], rows: Sequence[ModelRow]) -> str:
                 against = rival.side
                 measured += "" if (ratio <= goal.target if goal.growth else ratio >= goal.target) else ", not reached"
                 measured += ", machine not idle" if ours is not None and ours.contended else ""
-            share = _text(ours.library_share if ours else None, ".0%")
+            share = _text(ours.product_share if ours else None, ".0%")
             error = _text(own[against].error if against in own else None, ".1e")
             target = f"{'at most' if goal.growth else 'at least'} {goal.target:g}x"
             what = "peak memory" if goal.of == "memory" else case.timed
             lines.append((case.work, what, goal.ours, against, target, measured, share, error))
-    heads = ("work", "measured is", "side", "against", "target", "measured (p20 to p80)", "in libraries", "difference")
+    heads = ("work", "measured is", "side", "against", "target", "measured (p20 to p80)", "in products", "difference")
     return markdown(lines, heads)

@@ -79,27 +79,28 @@ struct Minimal<2> {
   }
 };
 
-// Brings the line of p into L1, or into L2 alone.
-INLINE void prefetch(const float* p) { __builtin_prefetch(p, 0, 3); }
-INLINE void prefetch_later(const float* p) { __builtin_prefetch(p, 0, 2); }
+// Brings the line of p into L1, to be read or to be written.
+INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
+INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 // What a register block fetches while it computes, a line of each for every step: rows of the next register block, which no
 // hardware recognises as a stream, and the next block of weights.
 struct Ahead {
-  const float *rows, *weights;
+  const float* rows;
+  const char* weights;
 };
 
 // R rows of a, `pitch` floats apart, times a block of weights [depth][BLOCK], from a column of it on.
-template <int R>
-INLINE void product_block(int64_t depth, const float* a, int64_t pitch, const float* u, float* m, Ahead ahead) {
+template <int R, class U>
+INLINE void product_block(int64_t depth, const float* a, int64_t pitch, const U* u, float* m, Ahead ahead) {
   vf total[R][COLUMNS] = {};
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
     vf line[COLUMNS];
 #pragma GCC unroll 4
-    for (int v = 0; v < COLUMNS; ++v) line[v] = load<vf>(u + k * BLOCK + v * LANES);
-    prefetch(ahead.rows + k * 16);
-    prefetch_later(ahead.weights + k * 16);
+    for (int v = 0; v < COLUMNS; ++v) line[v] = load_float(u + k * BLOCK + v * LANES);
+    prefetch_near(ahead.rows + k * 16);
+    prefetch(ahead.weights + k * 64);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vf factor = splat(a[r * pitch + k]);
@@ -115,14 +116,16 @@ INLINE void product_block(int64_t depth, const float* a, int64_t pitch, const fl
 
 template <int R>
 struct Product {
-  static void run(int64_t rows, int64_t depth, const float* a, int64_t pitch, const float* u, float* m, Ahead ahead) {
+  template <class U>
+  static void run(int64_t rows, int64_t depth, const float* a, int64_t pitch, const U* u, float* m, Ahead ahead) {
     if (rows < R) return Product<R - 1>::run(rows, depth, a, pitch, u, m, ahead);
     for (int64_t c = 0; c < BLOCK; c += COLUMNS * LANES) product_block<R>(depth, a, pitch, u + c, m + c, ahead);
   }
 };
 template <>
 struct Product<0> {
-  static void run(int64_t, int64_t, const float*, int64_t, const float*, float*, Ahead) {}
+  template <class U>
+  static void run(int64_t, int64_t, const float*, int64_t, const U*, float*, Ahead) {}
 };
 
 // Memory that a thread keeps between calls, since fresh pages would cost as much as the transformations that are written to
@@ -149,19 +152,21 @@ inline Scratch& common_scratch() {  // of a call
   return scratch;
 }
 
-// Images, their tiles, and the buffers that a call works on.
-template <int M>
+// Images, their tiles, and the buffers that a call works on. U: what transformed weights are stored as.
+template <int M, class U>
 struct Convolution {
   static constexpr int N = Minimal<M>::N;
   int64_t height, width, inputs, outputs, doubled;
-  const float *x, *packed, *bias;
+  const float* x;
+  const U* packed;
+  const float* bias;
   int64_t bias_step;  // from sample to sample; 0: one bias for all
   const float* residual;
   float* y;
   int64_t down, across, pitch, blocks;
 
   Convolution(int64_t height_, int64_t width_, int64_t inputs_, int64_t outputs_, int64_t doubled_, const float* x_,
-              const float* packed_, const float* bias_, int64_t bias_step_, const float* residual_, float* y_)
+              const U* packed_, const float* bias_, int64_t bias_step_, const float* residual_, float* y_)
       : height(height_), width(width_), inputs(inputs_), outputs(outputs_), doubled(doubled_), x(x_), packed(packed_),
         bias(bias_), bias_step(bias_step_), residual(residual_), y(y_), down(ceil_div(height_, M)),
         across(ceil_div(width_, M)), pitch(ceil_div(inputs_, 16) * 16), blocks(ceil_div(outputs_, BLOCK)) {}
@@ -189,7 +194,12 @@ struct Convolution {
         const int64_t index = (at.sample * rows + (row >> shift)) * columns + (column >> shift);
         pixel[i * N + j] = inside ? x + index * inputs : zeros;
       }
+    const Place next = place(tile + 1);  // of its pixels, those that this tile does not read
+    const float* later =
+        x + ((next.sample * rows + ((next.top - 1) >> shift)) * columns + ((next.left + 1) >> shift)) * inputs;
     for_blocks(inputs, [&](int64_t c, int64_t n) {
+      for (int64_t i = 0; i < N >> shift && c % 16 == 0; ++i)
+        for (int64_t j = 0; j < M >> shift; ++j) prefetch_near(later + (i * columns + j) * inputs + c);
       vf d[N], half[N * N], out[N];
 #pragma GCC unroll 6
       for (int j = 0; j < N; ++j) {
@@ -211,17 +221,18 @@ struct Convolution {
   // Products of `count` transformed patches with a chunk of the weights.
   INLINE void multiply(int64_t count, int64_t chunk, const float* v, int64_t step, float* m) const {
     const int64_t first = chunk * (CHUNK / BLOCK), last = min(blocks, first + CHUNK / BLOCK);
-    const int64_t lines = inputs * 16;
+    const int64_t lines = inputs * 64;  // bytes that a register block fetches of the weights
     for (int64_t i = 0; i < N * N; ++i)
       for (int64_t block = first; block < last; ++block) {
-        const float *own = v + i * step, *u = packed + (i * blocks + block) * inputs * BLOCK;
-        const float* next = block + 1 < last ? u + 2 * lines : u + (blocks - (last - first - 1)) * 2 * lines;
+        const float* own = v + i * step;
+        const U* u = packed + (i * blocks + block) * inputs * BLOCK;
+        const U* next = u + (block + 1 < last ? 1 : blocks - (last - first - 1)) * inputs * BLOCK;
         for (int64_t row = 0; row < count; row += ROWS) {
           const float* a = own + row * pitch;
           const float* more = row + ROWS < count ? a + ROWS * pitch : block + 1 < last ? own : own + step;
           Product<ROWS>::run(min(ROWS, count - row), inputs, a, pitch, u,
                              m + i * result_step + row * CHUNK + (block - first) * BLOCK,
-                             {more, next + min(row / ROWS, 2) * lines});
+                             {more, (const char*)next + min(row / ROWS, 2) * lines});
         }
       }
   }
@@ -232,6 +243,8 @@ struct Convolution {
     const int64_t first = chunk * CHUNK, rows = min(M, height - at.top), columns = min(M, width - at.left);
     const int64_t origin = ((at.sample * height + at.top) * width + at.left) * outputs + first;
     const float* shift = bias ? bias + at.sample * bias_step + first : nullptr;
+    const Place next = place(tile + 1);  // where lines are fetched meanwhile
+    const int64_t later = ((next.sample * height + next.top) * width + next.left) * outputs + first;
     for_blocks(min(CHUNK, outputs - first), [&](int64_t c, int64_t n) {
       vf d[N], half[M * N], out[M];
 #pragma GCC unroll 6
@@ -242,6 +255,12 @@ struct Convolution {
 #pragma GCC unroll 6
         for (int i = 0; i < M; ++i) half[i * N + j] = out[i];
       }
+      for (int i = 0; i < M && c % 16 == 0; ++i)
+        for (int j = 0; j < M; ++j) {
+          const int64_t to = later + (i * width + j) * outputs + c;
+          prefetch_to_write(y + to);
+          if (residual) prefetch_near(residual + to);
+        }
       const vf b = shift ? block_load(shift + c, n) : vf{};
       for (int i = 0; i < rows; ++i) {
         Minimal<M>::result(half + i * N, 1, out);
@@ -328,14 +347,21 @@ inline void winograd_conv2d_weight(int64_t tile, int64_t outputs, int64_t inputs
   else winograd_weight_as<4>(outputs, inputs, weight, packed, threads);
 }
 
-// height and width are those of y; with `doubled`, x has half of both and each of its pixels counts as 2 x 2.
+// height and width are those of y; with `doubled`, x has half of both and each of its pixels counts as 2 x 2. `dtype` is that of
+// the transformed weights, float32 or float16.
 inline void winograd_conv2d(int64_t tile, int64_t samples, int64_t height, int64_t width, int64_t inputs, int64_t outputs,
-                            int64_t doubled, const float* x, const float* packed, const float* bias, int64_t bias_step,
-                            const float* residual, float* y, int64_t threads) {
-  if (tile == 2)
-    Convolution<2>(height, width, inputs, outputs, doubled, x, packed, bias, bias_step, residual, y).run(samples, threads);
-  else
-    Convolution<4>(height, width, inputs, outputs, doubled, x, packed, bias, bias_step, residual, y).run(samples, threads);
+                            int64_t doubled, const float* x, int64_t dtype, const void* packed, const float* bias,
+                            int64_t bias_step, const float* residual, float* y, int64_t threads) {
+  const auto run = [&](auto* weights) {
+    using U = typename Pointee<decltype(weights)>::type;
+    const U* u = (const U*)packed;
+    if (tile == 2)
+      Convolution<2, U>(height, width, inputs, outputs, doubled, x, u, bias, bias_step, residual, y).run(samples, threads);
+    else
+      Convolution<4, U>(height, width, inputs, outputs, doubled, x, u, bias, bias_step, residual, y).run(samples, threads);
+  };
+  if (dtype == 0) run((float*)nullptr);
+  else run((f16*)nullptr);
 }
 
 FASTGEN_KERNELS(winograd_conv2d, KERNEL(winograd_conv2d_weight), KERNEL(winograd_conv2d))

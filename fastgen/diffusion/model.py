@@ -410,8 +410,9 @@ class DiffusionModel(Model):
 
         Args:
             inference: "plain" is the network itself; "packed" a copy by :func:`fastgen.nn.inference.optimize` in float32 (on
-                CPUs with Winograd's convolutions, at an error of rounding), "bfloat16" one in bfloat16, "compiled" one under
-                ``torch.compile``. Copies are kept until the weights change.
+                CPUs with Winograd's convolutions, at an error of rounding), "bfloat16" one in bfloat16 (on CPUs without its
+                arithmetic the packed one with half the memory for its convolutions, and an error of a few 1e-3),
+                "compiled" one under ``torch.compile``. Copies are kept until the weights change.
         """
         if inference == "plain":
             return self.network

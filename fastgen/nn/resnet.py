@@ -61,7 +61,7 @@ class ResBlock(nn.Module):
         self.modulation, self.resample, self.divisor = modulation, resample, divisor
         self.norm1 = GroupNormSiLU(inputs, groups, eps)
         self.conv1 = Conv2d(inputs, outputs, 3, padding=1)
-        self.project = None
+        self.project: nn.Module | None = None
         if embedding is not None:
             self.project = nn.Linear(embedding, outputs if modulation == "add" else 2 * outputs)
         self.norm2 = GroupNormSiLU(outputs, groups, eps)

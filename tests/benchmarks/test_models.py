@@ -12,8 +12,10 @@ from benchmarks.models import diffusion, runner
 from benchmarks.models.__main__ import CASES
 from benchmarks.models.case import Case, Goal, Side
 from benchmarks.models.common import difference, training_step
-from benchmarks.models.runner import WRONG, ModelRow, figure_table, library_share, row_table, run_case
+from benchmarks.models.runner import WRONG, ModelRow, figure_table, product_share, row_table, run_case
 from benchmarks.parity import ParityError
+from fastgen import ops
+from fastgen.ops import _native
 
 
 def case_of(sides, goals=(), **more):
@@ -60,13 +62,19 @@ def test_missing_and_wrong_sides_cost_a_line():
     assert "case  missing: not installed" in text
 
 
-def test_share_of_the_libraries():
+def test_share_of_products():
     a = torch.randn(400, 400)
-    assert library_share(lambda: a @ a) > 0.3
-    assert library_share(lambda: torch.nn.functional.conv2d(a[None, None], a[None, None, :3, :3])) > 0.3
-    assert library_share(lambda: a + a) is None
-    parts = library_share(lambda: (a @ a, [a.exp().sin() for _ in range(60)]))
-    assert 0 < parts < library_share(lambda: a @ a)
+    assert product_share(lambda: a @ a) > 0.3
+    assert product_share(lambda: torch.nn.functional.conv2d(a[None, None], a[None, None, :3, :3])) > 0.3
+    assert product_share(lambda: a + a) is None
+    parts = product_share(lambda: (a @ a, [a.exp().sin() for _ in range(60)]))
+    assert 0 < parts < product_share(lambda: a @ a)
+
+
+@pytest.mark.skipif(_native.missing() is not None, reason="no compiled kernels")
+def test_share_counts_our_own_convolutions():
+    x, weight = torch.randn(2, 32, 32, 32), torch.randn(32, 32, 3, 3)
+    assert product_share(lambda: ops.winograd_conv2d(x, weight, backend="cpp")) > 0.3
 
 
 @pytest.mark.skipif(not runner.Path("/proc/self/clear_refs").exists(), reason="needs /proc")
@@ -93,7 +101,7 @@ def test_end_to_end(tmp_path, capsys):
     for row in rows:
         assert 0 < row.p20_ms <= row.median_ms <= row.p80_ms
         assert row.peak_bytes >= 0
-        assert 0 < row.library_share < 1
+        assert 0 < row.product_share < 1
         assert row.threads == torch.get_num_threads()
 
 

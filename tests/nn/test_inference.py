@@ -6,10 +6,21 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from fastgen.nn import inference
 from fastgen.nn.autoencoder import ImageDecoder, ImageEncoder
-from fastgen.nn.inference import PackedConv2d, PackedUpsample, fast_dtype, optimize, relative_error
-from fastgen.nn.resnet import Upsample
+from fastgen.nn.inference import (
+    Filters,
+    PackedConv2d,
+    PackedUpsample,
+    SharedProjection,
+    fast_dtype,
+    optimize,
+    relative_error,
+)
+from fastgen.nn.resnet import ResBlock, Upsample
+from fastgen.ops import _native
 from tests.nn.networks import FULL, KINDS, build, inputs, randomise
 
 every = pytest.mark.parametrize("kind", KINDS)
@@ -33,12 +44,52 @@ def test_float32_copy_gives_the_same(kind):
 
 @every
 @torch.no_grad()
-def test_bfloat16_copy_is_near(kind):
+def test_bfloat16_copy_is_near(kind, monkeypatch):
+    monkeypatch.setattr(inference, "fast_dtype", lambda device: torch.bfloat16)  # as on a machine that multiplies it
     net = build(kind, **FULL)
     fast = optimize(net, dtype=torch.bfloat16)
     x, t, named = inputs(kind, size=(16, 16), labels=True, context=True)
     assert fast(x, t, **named).dtype == torch.float32
     assert 1e-5 < relative_error(fast, net, x, t, **named) < 0.02  # 8 channels average little
+
+
+@pytest.mark.skipif(_native.missing() is not None, reason="no compiled kernels")
+@torch.no_grad()
+def test_bfloat16_is_not_emulated(monkeypatch):
+    """Without its arithmetic: float32, and the transformed weights in half the memory."""
+    monkeypatch.setattr(inference, "fast_dtype", lambda device: torch.float32)
+    net = build("unet", widths=(32, 32))
+    x, t, named = inputs("unet", size=(16, 16))
+    half, full = (optimize(net, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert all(p.dtype == torch.float32 for p in half.parameters())
+    assert relative_error(full, net, x, t, **named) < 1e-5 < relative_error(half, net, x, t, **named) < 2e-3
+    filters = [m.filters for m in half.modules() if isinstance(m, PackedConv2d) and m.filters]
+    kept = [weight.packed for own in filters for weight in own.transformed.values()]
+    assert len(kept) > 4
+    assert all(w.dtype == torch.float16 for w in kept)
+    huge = Filters(torch.full((32, 32, 3, 3), 3e4), torch.float16)
+    h = torch.full((8, 32, 16, 16), 1e-4)
+    torch.testing.assert_close(huge(h, torch.zeros(32)), F.conv2d(h, huge.weight, padding=1), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("modulation", ["add", "scale_shift"])
+@torch.no_grad()
+def test_projections_are_one_product(modulation):
+    net = build("unet", modulation=modulation)
+    fast = optimize(net, dtype=torch.float32)
+    own = [m for m in fast.modules() if isinstance(m, SharedProjection)]
+    assert len(own) == sum(isinstance(m, ResBlock) for m in net.modules()) > 4
+    assert len({id(m.shared) for m in own}) == 1
+    x, t, named = inputs("unet", size=(8, 8))
+    for time in (t, t[:1], 2 * t, t):  # none is served what was computed for another
+        assert relative_error(fast, net, x, time, **named) < 1e-5
+    with torch.inference_mode():
+        assert relative_error(fast, net, x, t, **named) < 1e-5
+    plain = next(m.project for m in net.modules() if isinstance(m, ResBlock))
+    vector = torch.randn(2, plain.in_features)
+    for _ in range(2):
+        torch.testing.assert_close(own[0](vector), plain(vector))
+        vector.add_(1)
 
 
 def test_convolutions_are_packed():

@@ -77,6 +77,19 @@ def test_transformed_weight_gives_the_same_bits(tile, shape):
 
 
 @native
+@every_tile
+@pytest.mark.parametrize("shape", [(8, 20, 33, 30), (1, 200, 20, 20)])
+def test_half_a_weight_errs_by_its_rounding(tile, shape):
+    x, weight = draw(*shape), filters(70, shape[1])
+    half, whole = winograd_weight(weight, tile, dtype=torch.float16), winograd_weight(weight, tile)
+    assert half.packed.nbytes * 2 == whole.packed.nbytes
+    rounded = whole._replace(packed=half.packed.float())
+    assert torch.equal(winograd_conv2d(x, half), winograd_conv2d(x, rounded))  # products and sums are the same
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    assert (winograd_conv2d(x, half) - exact).norm() < 2e-3 * exact.norm()
+
+
+@native
 def test_a_sample_does_not_depend_on_its_batch():
     x, weight = draw(11, 40, 12, 12), filters(20, 40)
     whole = winograd_conv2d(x, weight)
@@ -129,6 +142,10 @@ def test_transformed_weight_refuses_gradients():
         winograd_conv2d(draw(1, 3, 4, 4).requires_grad_(), once)
     with pytest.raises(ValueError, match=r"cannot serve: .*float64"):
         winograd_weight(filters(4, 3).double())
+    with pytest.raises(ValueError, match=r"dtype must be torch.float32 or torch.float16, got torch.bfloat16"):
+        winograd_weight(filters(4, 3), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"too large for float16: its largest element is 1e\+06"):
+        winograd_weight(torch.full((4, 3, 3, 3), 1e6), dtype=torch.float16)
 
 
 @native
