@@ -24,6 +24,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastgen._arguments import check_whole
+
 __all__ = ["Stream", "at", "fresh_key", "key"]
 
 
@@ -47,6 +49,7 @@ _KEEP_SEED = torch.tensor([-1, 0, 0, 0])
 
 
 def _as_int64(seed: int) -> int:
+    check_whole("seed", seed)
     if not -_SIGN <= seed < 2 * _SIGN:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
     return seed - 2 * _SIGN if seed >= _SIGN else seed
@@ -98,6 +101,9 @@ def at(key: Tensor, *, stream: int | None = None, step: int | None = None, sampl
     tensor([  7,   3,   0, 100])
     """
     _check_words(stream, step, sample)
+    if not isinstance(key, Tensor) or key.dtype is not torch.int64 or key.shape[-1:] != (4,):
+        got = f"{key.dtype} {list(key.shape)}" if isinstance(key, Tensor) else repr(key)
+        raise TypeError(f"key must be an int64 tensor [4] or [N, 4] made by fastgen.random.key, got {got}")
     out = key.clone()
     for word, value in enumerate((stream, step, sample), start=1):
         if value is not None:

@@ -13,6 +13,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from fastgen._arguments import check_whole
 from fastgen.nn.model import Config, Model
 
 __all__ = ["Entry", "create", "describe", "names", "register"]
@@ -112,6 +113,7 @@ def create(name: str, **config: Any) -> Model:
     if "features" in config and "features" not in fields:
         if "event_shape" in config:
             raise ValueError(f"{name} takes features or event_shape, not both")
+        check_whole("features", config["features"], 1)
         config = {**config, "event_shape": (config["features"],)}
         del config["features"]
     for option in config:

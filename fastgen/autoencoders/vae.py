@@ -52,6 +52,8 @@ class VAEConfig(Config):
             raise ValueError(f"network='conv' needs images (C, H, W), got event_shape {self.event_shape}")
         if self.latent < 1:
             raise ValueError(f"latent must be at least 1, got {self.latent}")
+        if not self.beta >= 0:
+            raise ValueError(f"beta must not be negative, got {self.beta}")
 
 
 class Posterior(NamedTuple):
@@ -128,6 +130,7 @@ class VAE(Model):
     def loss(self, batch: Batch, *, key: Tensor | None = None) -> VAELoss:
         """Negative ELBO with weight ``beta`` on the divergence, by one draw at ``key``."""
         x, _ = split_batch(batch)
+        self.check_samples(x)
         z, kl = self.draw(x, key)
         reconstruction, divergence = -self.log_likelihood(x, z).mean(), kl.mean()
         return VAELoss(reconstruction + self.config.beta * divergence, reconstruction, divergence)

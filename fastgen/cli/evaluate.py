@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -22,9 +23,11 @@ def show_scores(scores: dict[str, float]) -> None:
     for name, value in scores.items():
         if name.endswith("_stderr"):
             continue
-        error = scores.get(f"{name}_stderr")
+        error = scores.get(f"{name}_stderr", math.nan)  # of a single sample there is none
         label, unit = UNITS[name]
-        rows.append((label.format(**scores), show.amount(value), f"± {show.amount(error)}" if error is not None else "", unit))
+        rows.append(
+            (label.format(**scores), show.amount(value), f"± {show.amount(error)}" if math.isfinite(error) else "", unit)
+        )
     show.table(rows, ("score", "value", "", "unit"), right=("value",))
 
 

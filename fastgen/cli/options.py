@@ -145,6 +145,8 @@ def check_device(device: str | None) -> None:
         where = torch.device(device)
     except RuntimeError:
         raise ValueError(f"--device must be such as cpu, cuda or cuda:1, got {device!r}") from None
+    if where.type == "meta":
+        raise ValueError("--device must be one that holds numbers, meta has none")
     try:
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from fastgen._arguments import check_path
 from fastgen.data.arrays import load_arrays
 from fastgen.data.folder import FolderSource
 from fastgen.data.glyphs import load_glyphs
@@ -147,6 +148,7 @@ def load(spec: str | Path, *, split: str = "train", image_size: int | None = Non
         ValueError: unknown name, unreadable or unsuitable data, an argument out of range; the message names it.
     """
     check_split(split)
+    check_path("spec", spec)
     source = _load(spec, split, image_size, channels)
     kind, at, root = str(spec).partition("@") if str(spec).startswith("torchvision:") else ("", "", str(spec))
     named = isinstance(spec, str) and spec in _ENTRIES

@@ -499,6 +499,8 @@ class DiffusionModel(Model):
         if not sampler.clamps and (clamp or threshold is not None or adjust is not None):
             kind = "noises" if getattr(sampler, "on", "data") == "noise" else "slopes"
             raise ValueError(f"{type(sampler).__name__} combines {kind}, not estimates of the data: it cannot change those")
+        if threshold is not None and not 0 < threshold <= 1:
+            raise ValueError(f"threshold must be in (0, 1], got {threshold}")
         if threshold is None:
             clamp = self.is_image and sampler.clamps if clamp is None else clamp
             return (1.0 if clamp else None), adjust

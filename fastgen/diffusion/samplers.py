@@ -635,6 +635,8 @@ def make_sampler(sampler: str | Sampler, **options: Any) -> Sampler:
         if given:
             raise ValueError(f"{', '.join(given)}: options of a sampler are given to its class, {type(sampler).__name__}")
         return sampler
+    if not isinstance(sampler, str):
+        raise TypeError(f"sampler must be a name or a Sampler, got {sampler!r}")
     if sampler not in SAMPLERS:
         near = difflib.get_close_matches(sampler, SAMPLERS, n=2)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(SAMPLERS)}"

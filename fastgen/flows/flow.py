@@ -71,8 +71,6 @@ class FlowConfig(Config):
             raise ValueError(f"context must be at least 0, got {self.context}")
         if self.base not in BASES:
             raise ValueError(f"base must be one of {', '.join(BASES)}, got {self.base!r}")
-        if not self.event_shape or min(self.event_shape) < 1:
-            raise ValueError(f"event_shape must be positive sizes, got {self.event_shape}")
         if self.grey_levels < 0 or self.grey_levels == 1:
             raise ValueError(f"grey_levels must be 0 or at least 2, got {self.grey_levels}")
 
@@ -149,10 +147,6 @@ class Flow(Model):
             raise ValueError(f"context must be [{size}] or [{n}, {size}], got shape {list(values.shape)}")
         return values.expand(n, size)
 
-    def _check(self, x: Tensor) -> None:
-        if tuple(x.shape[1:]) != self.event_shape:
-            raise ValueError(f"x must be [N, {', '.join(map(str, self.event_shape))}], got {list(x.shape)}")
-
     def forward(self, context: Context | None = None) -> FlowDistribution:
         """The density, given a context [*batch, C] or integer labels [*batch]."""
         return FlowDistribution(self, self._context(context))
@@ -166,7 +160,7 @@ class Flow(Model):
         Images are dequantised with the noise at ``key`` (None: PyTorch's generator), and the density is that of the pixels
         on (0, 1): ``flow().log_prob`` takes them dequantised.
         """
-        self._check(x)
+        self.check_samples(x)
         z, ladj = self.transform.call_and_ladj(self._dequantized(x, key), self._context(context, len(x)))
         return self.base.log_prob(z) + ladj
 
@@ -181,7 +175,7 @@ class Flow(Model):
 
     def encode(self, x: Tensor, context: Context | None = None) -> Tensor:
         """The noise z [N, D] that x [N, *event_shape] comes from; of an image, the middle of its grey levels."""
-        self._check(x)
+        self.check_samples(x)
         if self.config.is_image and self.config.grey_levels:
             x = (x * (self.config.grey_levels - 1) + 0.5) / self.config.grey_levels
         return self.transform(x, self._context(context, len(x)))
@@ -213,7 +207,7 @@ class Flow(Model):
         >>> print(flow.diagnose(x))  # doctest: +SKIP
         """
         if not inverse:
-            self._check(x)
+            self.check_samples(x)
             x = self._dequantized(x, key)
         return diagnose(self.transform, x, self._context(context, len(x)), inverse=inverse)
 
@@ -261,6 +255,10 @@ class FlowDistribution(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(x) in nats, for x [*shape, *event_shape]: ``shape`` broadcast with the batch shape."""
+        event = value.shape[max(0, value.dim() - len(self.event_shape)) :]
+        if not value.is_floating_point() or tuple(event) != tuple(self.event_shape):
+            expected = ", ".join(map(str, self.event_shape))
+            raise ValueError(f"x must be floats [..., {expected}], got {value.dtype} {list(value.shape)}")
         z, ladj = self.transform.call_and_ladj(value)
         return self._flow.base.log_prob(z.reshape(-1, z.shape[-1])).reshape(ladj.shape) + ladj
 

@@ -46,8 +46,10 @@ class NSFConfig(FlowConfig):
             raise ValueError(f"kind must be one of {', '.join(_LAYERS)}, got {self.kind!r}")
         if self.layers < 1:
             raise ValueError(f"layers must be at least 1, got {self.layers}")
-        if self.bins < 1:
-            raise ValueError(f"bins must be at least 1, got {self.bins}")
+        if self.bins < 2:
+            raise ValueError(f"bins must be at least 2, got {self.bins}: one alone is the identity")
+        if not 0 < self.bound < math.inf:
+            raise ValueError(f"bound must be positive and finite, got {self.bound}")
         check_inversion(self.inversion)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgen import random
+from fastgen._arguments import check_device, check_path, check_whole
 from fastgen.data import Source
 from fastgen.metrics.frechet import frechet_distance
 from fastgen.metrics.likelihood import LatentModel, bits_per_dim, elbo, has_elbo, iw_bound
@@ -46,6 +47,9 @@ def open_scored(
     from fastgen.training.batches import open_source
     from fastgen.training.run import RunDir, load
 
+    check_device(device)
+    if not isinstance(model_or_dir, Model):
+        check_path("model_or_dir, unless it is a model,", model_or_dir)
     if isinstance(model_or_dir, Model):
         model = model_or_dir if device is None else model_or_dir.to(device)
         if data is None:
@@ -111,11 +115,12 @@ def evaluate(
     bound = getattr(model, "bound", None)
     if log_prob is None and bounded is None and bound is None:
         raise ValueError(f"{type(model).__name__} has neither log_prob nor an ELBO: there is no likelihood to evaluate")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole("batch_size", batch_size, 1)
+    check_whole("importance_samples", importance_samples, 1)
+    check_whole("seed", seed)
+    if n is not None:
+        check_whole("n", n, 1)
     count = len(source) if n is None else min(n, len(source))
-    if count < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
     columns: dict[str, list[Tensor]] = {}
     was_training = model.training
     model.eval()

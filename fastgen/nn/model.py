@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from fastgen._arguments import check_types
 
 __all__ = ["Batch", "Config", "Model", "Phase", "split_batch"]
 
@@ -31,6 +33,16 @@ class Config:
 
     event_shape: tuple[int, ...]
     """Shape of one sample: (C, H, W) for images, (D,) for vectors."""
+
+    def __new__(cls, **values: Any) -> Config:
+        # before the checks that subclasses make of their values, which compare and count
+        check_types(cls, values)
+        shape = values.get("event_shape", (1,))
+        if not shape or min(shape) < 1:
+            raise ValueError(f"event_shape must be positive sizes, got {tuple(shape)}")
+        if not values.get("learning_rate", 1.0) > 0:
+            raise ValueError(f"learning_rate must be positive, got {values['learning_rate']}")
+        return super().__new__(cls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +91,13 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def check_samples(self, x: Tensor) -> None:
+        """TypeError unless ``x`` is a tensor of floats, ValueError unless its shape is [N, *event_shape]."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if tuple(x.shape[1:]) != self.event_shape:
+            raise ValueError(f"x must be [N, {', '.join(map(str, self.event_shape))}], got {list(x.shape)}")
 
     def phases(self) -> list[Phase]:
         """What the trainer alternates. By default one phase: Adam on ``loss`` over all parameters."""

@@ -27,6 +27,15 @@ __all__ = [
 _ONE_KEY = torch.Size((4,))
 
 
+def floating(dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype, or PyTorch's default; TypeError for one that holds no fractions."""
+    if dtype is None:
+        return torch.get_default_dtype()
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}")
+    return dtype
+
+
 def common(**tensors: Tensor) -> list[Tensor]:
     """The tensors in one shape and dtype: broadcast, promoted and checked to be floating and on one device.
 

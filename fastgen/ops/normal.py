@@ -83,7 +83,7 @@ def normal(
     torch.Size([2, 3])
     """
     size = _checks.sample_shape(shape)
-    dtype = dtype or torch.get_default_dtype()
+    dtype = _checks.floating(dtype)
     key = _checks.prepare_key(key, size[0], _checks.device_of(key, device))
     chosen = _dispatch.choose(SPEC, backend, key, dtype)
     fast = _dispatch.is_fast(math)

@@ -64,7 +64,7 @@ def uniform(
     True
     """
     size = _checks.sample_shape(shape)
-    dtype = dtype or torch.get_default_dtype()
+    dtype = _checks.floating(dtype)
     key = _checks.prepare_key(key, size[0], _checks.device_of(key, device))
     chosen = _dispatch.choose(SPEC, backend, key, dtype)
     out = uniforms(size, key).to(dtype) if chosen == "reference" else _uniform(size, key, dtype, chosen)

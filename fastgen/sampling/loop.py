@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgen import random
+from fastgen._arguments import check_device, check_path, check_whole
 from fastgen.data import ImageFiles
 from fastgen.nn.model import Model
 from fastgen.sampling.writers import Format, Writer, open_writer
@@ -36,10 +37,15 @@ def _check_ids(n: int | None, ids: Iterable[int] | None) -> Sequence[int]:
     if (n is None) == (ids is None):
         raise ValueError("give n, the number of samples, or ids, their indices: one of the two")
     if ids is None:
-        if n is not None and n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
-        return range(n or 0)
-    chosen = ids if isinstance(ids, range) else [operator.index(i) for i in ids]
+        check_whole("n", n, 1)
+        return range(cast(int, n))
+    if not isinstance(ids, Iterable):
+        raise TypeError(f"ids must be indices of samples, such as range(8), got {ids!r}")
+    chosen: Sequence[int] = ids if isinstance(ids, range) else list(ids)
+    if not isinstance(ids, range):
+        for i in chosen:
+            check_whole("each of ids", i)
+        chosen = [operator.index(i) for i in chosen]
     if len(chosen) == 0:
         raise ValueError("ids is empty: there is nothing to sample")
     for i in (min(chosen), max(chosen)):
@@ -179,8 +185,14 @@ def sample(
     """
     chosen = _check_ids(n, ids)
     for name, value in (("batch_size", batch_size), ("micro_batch", micro_batch)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value is not None:
+            check_whole(name, value, 1)
+    check_whole("seed", seed)
+    check_device(device)
+    if out is not None:
+        check_path("out", out)
+    if not isinstance(model_or_dir, Model):
+        check_path("model_or_dir, unless it is a model,", model_or_dir)
     if isinstance(model_or_dir, Model):
         model = model_or_dir if device is None else model_or_dir.to(device)
     else:

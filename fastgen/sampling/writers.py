@@ -6,6 +6,7 @@ is of another run.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import zipfile
@@ -35,6 +36,19 @@ _SHARD_ELEMENTS = 1 << 24
 _FILES = (".png", ".npz", ".safetensors")
 
 
+def _make_folder(path: Path) -> None:
+    """Make the folder, if it is not there, for files of ours.
+
+    Raises:
+        OSError: it cannot be made or written to; names it.
+    """
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
 class Writer(Protocol):
     """Takes batches of samples in order, then hands out the result."""
 
@@ -57,6 +71,8 @@ class _Memory:
         self.pending = ids
         self._n = len(ids)
         self._path = path
+        if path is not None:  # what cannot be written is said before anything is drawn
+            _make_folder(path.parent)
         self._save = save
         self._done = 0
         self._x = torch.empty(0)
@@ -70,7 +86,6 @@ class _Memory:
     def finish(self) -> Tensor | Path:
         if self._save is None or self._path is None:
             return self._x
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._save(self._x, self._path)
         return self._path
 
@@ -115,7 +130,7 @@ class _ImageFolder:
 
     def __init__(self, path: Path, ids: Sequence[int], run: str, resume: bool, pool: ThreadPoolExecutor) -> None:
         self._path, self._run, self._pool = path, run, pool
-        path.mkdir(parents=True, exist_ok=True)
+        _make_folder(path)
         self.pending = [i for i in ids if not _is_done(self._file(i), "png", run)] if resume else ids
 
     def _file(self, i: int) -> Path:
@@ -138,7 +153,7 @@ class _ShardFolder:
 
     def __init__(self, path: Path, kind: Format, size: int, ids: Sequence[int], run: str, resume: bool) -> None:
         self._path, self._kind, self._run = path, kind, run
-        path.mkdir(parents=True, exist_ok=True)
+        _make_folder(path)
         shards = [ids[first : first + size] for first in range(0, len(ids), size)]
         self._replaced = self._partial(shards) if resume else {}
         left = [shard for shard in shards if not (resume and _is_done(self._file(shard), kind, run))]

@@ -56,10 +56,15 @@ def write_atomic(path: Path, content: bytes | Callable[[Path], object], *, durab
             may lose it; meant for thousands of small files.
     """
     temporary = _temporary(path)
-    if isinstance(content, bytes):
-        temporary.write_bytes(content)
-    else:
-        content(temporary)
+    try:
+        if isinstance(content, bytes):
+            temporary.write_bytes(content)
+        else:
+            content(temporary)
+    except OSError as error:
+        if error.filename != str(temporary):
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # the name that the caller knows
     if durable:
         _force_to_disk(temporary)
     os.replace(temporary, path)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fastgen import registry
+from fastgen._arguments import check_device, check_path
 from fastgen.nn.model import Model
 from fastgen.training import checkpoint
 
@@ -116,6 +117,8 @@ def load(dir: str | Path, *, device: torch.device | str | None = None) -> Model:
         FileNotFoundError: no run is there, or a file of it is missing; names the file.
         ValueError: a file is corrupt, or does not fit the model; names what.
     """
+    check_path("dir", dir)
+    check_device(device)
     run = RunDir(Path(dir))
     model = run.create_model()
     tensors, _ = checkpoint.read(run.model)

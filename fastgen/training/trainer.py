@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import fastgen
 from fastgen import random
+from fastgen._arguments import check_device, check_whole
 from fastgen.data import Source
 from fastgen.nn.model import Batch, Model, Phase
 from fastgen.training import checkpoint, log
@@ -344,10 +345,10 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_options(options: Mapping[str, Any]) -> None:
     for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
-        if options[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {options[name]}")
-    if options["sample_every"] is not None and options["sample_every"] < 0:
-        raise ValueError(f"sample_every must not be negative, got {options['sample_every']}")
+        check_whole(name, options[name], 1)
+    check_whole("seed", options["seed"])
+    if options["sample_every"] is not None:
+        check_whole("sample_every", options["sample_every"], 0)
     if options["ema"] is not None and not 0 <= options["ema"] < 1:
         raise ValueError(f"ema must be in [0, 1), got {options['ema']}")
     if options["precision"] not in ("float32", "bfloat16"):
@@ -441,6 +442,13 @@ def fit(
             looked at when metrics are logged or a checkpoint is due, so that no step waits for the device.
         ValueError: an argument that cannot be used, data of the wrong shape, or a resume of another run.
     """
+    if not isinstance(model, Model):
+        raise TypeError(f"model must be a fastgen.nn.Model, such as fastgen.create(...) makes, got {type(model).__name__}")
+    check_device(device)
+    hooks = list(hooks) if isinstance(hooks, Iterable) else [hooks]
+    for hook in hooks:
+        if not callable(hook):
+            raise TypeError(f"hooks must be functions that are called with a State, got {hook!r}")
     settings: dict[str, Any] = {
         "steps": steps,
         "batch_size": batch_size,

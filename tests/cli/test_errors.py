@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import builtins
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import fastgen
 from fastgen import cli
 from fastgen.cli import main
 
@@ -28,6 +33,16 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("notrun").mkdir()
     Path("badrun").mkdir()
     Path("badrun/config.json").write_text("{")
+    np.save("thin.npy", np.random.default_rng(0).random((40, 1), np.float32))
+    Path("nopicture").mkdir()
+    Path("nopicture/a.png").write_text("hello")
+    Path("sizes").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save("grey.png")
+    for i in range(6):
+        Image.fromarray(np.zeros((8 + i, 8), np.uint8)).save(f"sizes/{i}.png")
+    Path("shards").mkdir()
+    np.savez("shards/00000000-00000003.npz", x=np.zeros((4, 2)), ids=np.arange(4), run="r")
+    Path("shards/00000004-00000007.npz").write_bytes(Path("shards/00000000-00000003.npz").read_bytes()[:200])
     return tmp_path
 
 
@@ -63,18 +78,96 @@ CASES = {
     "sample ids and count": (["sample", "notrun", "-n", "3", "--ids", "0:3"], ["-n", "--ids"]),
     "evaluate nothing": (["evaluate", "nowhere"], ["nowhere"]),
     "list of an unknown kind": (["list", "colours"], ["colours"]),
+    "steps below one": (["train", "vae", "--data", "fine.npy", "--steps", "-1"], ["--steps", "1"]),
+    "one bin": (["train", "nsf", "--data", "fine.npy", "--set", "bins=1", *TRAIN], ["bins", "2", "got 1"]),
+    "a flow of one feature": (["train", "nsf", "--data", "thin.npy", *TRAIN], ["2 features", "got 1"]),
+    "a device without numbers": (["train", "vae", "--data", "fine.npy", "--device", "meta", *TRAIN], ["--device", "meta"]),
+    "a learning rate below zero": (
+        ["train", "vae", "--data", "fine.npy", "--set", "learning_rate=-1", *TRAIN],
+        ["learning_rate", "-1"],
+    ),
+    "a run within a file": (["train", "vae", "--data", "fine.npy", "--steps", "1", "--out", "fine.npy/run"], ["fine.npy"]),
+    "a picture as data": (["train", "vae", "--data", "grey.png", *TRAIN], ["grey.png", ".npz"]),
+    "a picture that is none": (["train", "vae", "--data", "nopicture", *TRAIN], ["nopicture/a.png", "not an image"]),
+    "pictures of two sizes": (["train", "vae", "--data", "sizes", *TRAIN], ["sizes/", "set image_size"]),
+    "a broken shard": (["train", "vae", "--data", "shards", *TRAIN], ["shards/00000004-00000007.npz"]),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_line_that_names_the_culprit(case: str, places: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv, culprits = CASES[case]
+    _refused(*CASES[case], capsys)
+
+
+def _refused(argv: list[str], culprits: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("fastgen: error: ")
     assert err.count("\n") == 1
     for culprit in culprits:
         assert culprit in err
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a flow of the plane and one of a diffusion model without classes, and what may become of a run."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, model in (("flow", "nsf"), ("diffusion", "ddpm")):
+        torch.manual_seed(0)
+        made = fastgen.create(model, event_shape=(2,))
+        fastgen.fit(made, "moons", steps=1, batch_size=8, out=folder / name, sample_every=0, progress=False)
+    for name, file in (("half", "model.safetensors"), ("halfstate", "state.safetensors"), ("halfconfig", "config.json")):
+        shutil.copytree(folder / "flow", folder / name)
+        content = (folder / name / file).read_bytes()
+        (folder / name / file).write_bytes(content[: len(content) // 2])
+    shutil.copytree(folder / "flow", folder / "bare")
+    (folder / "bare" / "model.safetensors").unlink()
+    (folder / "file").write_text("in the way")
+    np.save(folder / "wide.npy", np.zeros((9, 3), np.float32))
+    return folder
+
+
+OF_RUNS = {
+    "weights cut in half": (["sample", "half"], ["half/model.safetensors", "corrupt"]),
+    "config cut in half": (["sample", "halfconfig"], ["halfconfig/config.json", "corrupt"]),
+    "state cut in half": (["train", "--resume", "halfstate", "--steps", "9"], ["halfstate/state.safetensors", "corrupt"]),
+    "no weights": (["evaluate", "bare"], ["bare/model.safetensors", "missing"]),
+    "a negative number": (["sample", "flow", "-n", "-3"], ["-n"]),
+    "negative ids": (["sample", "flow", "--ids=-1:3"], ["--ids", "'-1:3'"]),
+    "an unknown suffix": (["sample", "flow", "--out", "x.jpg"], ["x.jpg", ".png"]),
+    "a file in a file": (["sample", "flow", "--out", "file/x.npz"], ["Not a directory: file"]),
+    "a folder in a file": (["sample", "flow", "--out", "file/x/"], ["file"]),
+    "a folder that is a file": (["sample", "flow", "--out", "file"], ["file"]),
+    "labels of a flow": (["sample", "flow", "--set", "labels=3"], ["'labels'", "context"]),
+    "labels without classes": (["sample", "diffusion", "-n", "2", "--set", "labels=3"], ["labels", "num_classes"]),
+    "guidance without classes": (["sample", "diffusion", "-n", "2", "--set", "guidance=2"], ["guidance", "num_classes"]),
+    "a threshold above 1": (["sample", "diffusion", "-n", "2", "--set", "threshold=3"], ["threshold", "(0, 1]", "3.0"]),
+    "no steps": (["sample", "diffusion", "-n", "2", "--set", "steps=0"], ["steps", "0"]),
+    "an unknown sampler": (["sample", "diffusion", "-n", "2", "--set", "sampler=dimm"], ["'dimm'", "ddim"]),
+    "a picture for a flow": (["sample", "flow", "--from", "file"], ["--from", "NSF"]),
+    "samples of another shape": (["evaluate", "flow", "--data", "wide.npy"], ["wide.npy", "(3,)", "(2,)"]),
+    "an unknown split": (["evaluate", "flow", "--split", "all"], ["split", "'all'"]),
+}
+
+
+@pytest.mark.parametrize("case", OF_RUNS)
+def test_one_line_about_runs(
+    case: str, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs)
+    _refused(*OF_RUNS[case], capsys)
+
+
+def test_what_cannot_be_written_is_said_before_sampling(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs)
+    model = fastgen.load("flow")
+    monkeypatch.setattr(model, "sample", lambda *args, **kwargs: pytest.fail("sampled first"))
+    for out in ("file/x.npz", "file/x/y.safetensors"):
+        with pytest.raises(OSError, match="Not a directory"):
+            fastgen.sample(model, 4, out=out)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match=r"Permission denied: 'new'"):
+        fastgen.sample(model, 4, out="new/x.npz")
 
 
 def test_no_run_directory_is_left_behind(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,16 +185,12 @@ def test_debug_shows_the_traceback(places: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_defect_keeps_its_traceback(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ValueError that no check of fastgen raised is a defect, not bad input."""
-    import fastgen
-
     monkeypatch.setattr(fastgen, "load", lambda *args, **kwargs: int("defect"), raising=False)
     with pytest.raises(ValueError, match="defect"):
         main(["sample", "nowhere"])
 
 
 def test_interrupt(places: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import fastgen
-
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
