@@ -113,7 +113,7 @@ def test_the_instruction_set_in_use_is_the_one_that_runs():
 
 
 def _record(
-    backward: str = "dtype rows event like like null 0 wide like row >like >like 0 threads", takes: str = "i0 i1 o2 g0 g1"
+    backward: str = "dtype rows event like like null 0 wide like? row >like >like 0 threads", takes: str = "i0 i1 o2 g0 g1"
 ):
     def longer(ctx, *grads):
         calls.append([None if g is None else g.is_contiguous() for g in grads])
