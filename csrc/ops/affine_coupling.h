@@ -100,7 +100,6 @@ INLINE void affine_coupling_fwd_as(int64_t rows, int64_t event, const T* x, cons
       for_blocks(i, tile.count, [&](int64_t j, int64_t n) { totals[0] = totals[0] + map(base + j, n); });
       sums.put(tile, r, sign * sum((totals[0] + totals[1]) + (totals[2] + totals[3])));
     }
-    if (stream) drain_stores();
   });
   sums.finish();
 }
@@ -153,7 +152,6 @@ INLINE void affine_coupling_bwd_as(int64_t rows, int64_t event, const T* x, cons
       }
       for_blocks(i, tile.count, [&](int64_t j, int64_t n) { map(base + j, n, by_log_det); });
     }
-    if (stream) drain_stores();
   });
 }
 
