@@ -9,15 +9,22 @@ INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// body(task) for every task, shared by at most `threads` threads.
+// body(task) for every task, shared by at most `threads` threads. What a thread has streamed is drained once, at its end: to
+// wait for memory after every tile costs some percent.
 template <class Body>
 inline void parallel_for(int64_t tasks, int64_t threads, Body&& body) {
   threads = min(threads, tasks);
   (void)threads;
 #ifdef _OPENMP
-#pragma omp parallel for num_threads((int)threads) schedule(static) if (threads > 1)
+#pragma omp parallel num_threads((int)threads) if (threads > 1)
 #endif
-  for (int64_t task = 0; task < tasks; ++task) body(task);
+  {
+#ifdef _OPENMP
+#pragma omp for schedule(static) nowait
+#endif
+    for (int64_t task = 0; task < tasks; ++task) body(task);
+    drain_stores();
+  }
 }
 
 // The same for tasks of uneven length: a thread takes the next one when it is done.
@@ -26,9 +33,15 @@ inline void parallel_uneven(int64_t tasks, int64_t threads, Body&& body) {
   threads = min(threads, tasks);
   (void)threads;
 #ifdef _OPENMP
-#pragma omp parallel for num_threads((int)threads) schedule(dynamic, 1) if (threads > 1)
+#pragma omp parallel num_threads((int)threads) if (threads > 1)
 #endif
-  for (int64_t task = 0; task < tasks; ++task) body(task);
+  {
+#ifdef _OPENMP
+#pragma omp for schedule(dynamic, 1) nowait
+#endif
+    for (int64_t task = 0; task < tasks; ++task) body(task);
+    drain_stores();
+  }
 }
 
 // body(first, end) for one range of tasks a thread: for work that sets something up once.

@@ -534,7 +534,7 @@ INLINE void store_float(bf16* p, vf x) {
   store(p, __builtin_convertvector(x != x ? nan : rounded, vh));
 }
 #if defined(__AVX512F__)
-INLINE vf load_float(const f16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE vf load_float(const f16* p) { return (vf)_mm512_maskz_cvtph_ps((__mmask16)-1, _mm256_loadu_si256((const __m256i*)p)); }
 INLINE void store_float(f16* p, vf x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, 0)); }
 #elif defined(__AVX2__)
 INLINE vf load_float(const f16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
@@ -577,7 +577,7 @@ INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 INLINE void fetch_ahead(const void* p) { __builtin_prefetch((const char*)p + 1024, 0, 3); }
 
 // Like store_float, around the caches: the line is not read first. `p` must be aligned to a vector of T, and drain_stores()
-// follow on the same thread.
+// follow on the same thread, as it does at the end of parallel_for.
 template <class T>
 INLINE void stream_float(T* p, vf x) {
 #if defined(__AVX2__)

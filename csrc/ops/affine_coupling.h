@@ -100,7 +100,6 @@ INLINE void affine_coupling_fwd_as(int64_t rows, int64_t event, const T* x, cons
       for_blocks(i, tile.count, [&](int64_t j, int64_t n) { totals[0] = totals[0] + map(base + j, n); });
       sums.put(tile, r, sign * sum((totals[0] + totals[1]) + (totals[2] + totals[3])));
     }
-    if (stream) drain_stores();
   });
   sums.finish();
 }
@@ -153,12 +152,8 @@ INLINE void affine_coupling_bwd_as(int64_t rows, int64_t event, const T* x, cons
       }
       for_blocks(i, tile.count, [&](int64_t j, int64_t n) { map(base + j, n, by_log_det); });
     }
-    if (stream) drain_stores();
   });
 }
-
-// One of two flags, or neither, as launches have them.
-INLINE int64_t bound_of(int64_t tanh, int64_t sigmoid) { return tanh ? TANH : sigmoid ? SIGMOID : UNBOUNDED; }
 
 // body(Choice<B, Inverse>) for values known at run time.
 template <Bound B, bool I>
@@ -174,11 +169,11 @@ INLINE void with_bound(int64_t bound, bool inverse, Body&& body) {
 }
 
 inline void affine_coupling_fwd(int64_t dtype, int64_t rows, int64_t event, const void* x, const void* shift,
-                                const void* log_scale, void* y, float* log_det, int64_t tanh, int64_t sigmoid,
-                                int64_t inverse, int64_t threads) {
+                                const void* log_scale, void* y, float* log_det, int64_t bound, int64_t inverse,
+                                int64_t threads) {
   const auto run = [&](auto* t) {
     using T = typename Pointee<decltype(t)>::type;
-    with_bound(bound_of(tanh, sigmoid), inverse, [&](auto choice) {
+    with_bound(bound, inverse, [&](auto choice) {
       using C = decltype(choice);
       affine_coupling_fwd_as<T, C::bound, C::inverse>(rows, event, (const T*)x, (const T*)shift, (const T*)log_scale, (T*)y,
                                             log_det, threads);
@@ -189,11 +184,10 @@ inline void affine_coupling_fwd(int64_t dtype, int64_t rows, int64_t event, cons
 
 inline void affine_coupling_bwd(int64_t dtype, int64_t rows, int64_t event, const void* x, const void* shift,
                                 const void* log_scale, const void* grad_y, const float* grad_log_det, void* grad_x,
-                                void* grad_shift, void* grad_log_scale, int64_t tanh, int64_t sigmoid,
-                                int64_t threads) {
+                                void* grad_shift, void* grad_log_scale, int64_t bound, int64_t threads) {
   const auto run = [&](auto* t) {
     using T = typename Pointee<decltype(t)>::type;
-    with_bound(bound_of(tanh, sigmoid), grad_shift != nullptr, [&](auto choice) {
+    with_bound(bound, grad_shift != nullptr, [&](auto choice) {
       using C = decltype(choice);
       affine_coupling_bwd_as<T, C::bound, C::inverse>(rows, event, (const T*)x, (const T*)shift, (const T*)log_scale,
                                             (const T*)grad_y, grad_log_det, (T*)grad_x, (T*)grad_shift,

@@ -36,7 +36,6 @@ INLINE void affine_coupling_rebuild_as(int64_t rows, int64_t event, const T* y, 
       const vf by_log_det = splat(grad_log_det[tile.row + r]);
       for_blocks(tile.count, [&](int64_t i, int64_t n) { map(base + i, n, by_log_det); });
     }
-    if (stream) drain_stores();
   });
 }
 

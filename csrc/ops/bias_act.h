@@ -101,7 +101,7 @@ struct BiasTiles {
   using Span = float (*)(const void*, int64_t, int64_t, PerChannel, PerChannel, float*);
 
   // Runs `map` over all elements. bias and more hold a number per channel, or are null and count as 0; sums[channel] is what
-  // the map returns, or null. Streamed stores are drained.
+  // the map returns, or null.
   template <class Map>
   INLINE void run(const float* bias, const float* more, float* sums, int64_t threads, const Map& map) const {
     const auto go = spread ? &BiasTiles::run_spread : &BiasTiles::run_rows;
@@ -120,7 +120,6 @@ struct BiasTiles {
         const float total = call(map, i * row + tile.begin, tile.count, b, m, nullptr);
         if (out) sums.put(tile, r, total);
       }
-      drain_stores();
     });
     if (!out) return;
     sums.finish();
@@ -149,7 +148,6 @@ struct BiasTiles {
       for (int64_t i = 0; out && i < count; ++i) column[i] = 0;
       for (int64_t r = first * group; r < min(rows, (first + 1) * group); ++r)
         call(map, r * row + begin, min(count, all - r * row - begin), b, m, column);
-      drain_stores();
     });
     for (int64_t c = 0; out && c < channels; ++c) {
       double total = 0;
@@ -190,7 +188,7 @@ INLINE void bias_act_fwd_as(const BiasTiles& tiles, const T* x, const float* bia
                             int64_t threads) {
   const bool stream = streamable(y, tiles.rows, tiles.row);
   tiles.run(bias, nullptr, nullptr, threads, [&](int64_t i, int64_t n, vf b, vf) {
-    prefetch(x + i + TILE);
+    fetch_ahead(x + i);
     block_store(y + i, bias_act_at<A, 0>(block_load(x + i, n) + b, o).value, n, stream);
     return vf{};
   });
@@ -201,7 +199,7 @@ template <class T, Activation A>
 INLINE void bias_act_bwd_as(const BiasTiles& tiles, const T* x, const float* bias, const T* grad_y, T* grad_x,
                             float* grad_bias, const ActOptions& o, int64_t threads) {
   tiles.run(bias, nullptr, grad_bias, threads, [&](int64_t i, int64_t n, vf b, vf) {
-    prefetch(x + i + TILE), prefetch(grad_y + i + TILE);
+    fetch_ahead(x + i), fetch_ahead(grad_y + i);
     const vf gradient = block_load(grad_y + i, n) * bias_act_at<A, 1>(block_load(x + i, n) + b, o).slope;
     block_store(grad_x + i, gradient, n);
     return gradient;

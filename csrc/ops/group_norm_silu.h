@@ -429,7 +429,6 @@ INLINE void group_norm_silu_fwd_as(const NormTiling& tiling, const Modulation& m
         span_store(y + row + i, span, v, stream);
       });
     });
-    if (stream) drain_stores();
   };
   tiling.run(threads, coefficients + tiling.tiles * moments, sizeof(T), false, [](int64_t, float*) {}, reduce, finish, apply);
 }
@@ -469,7 +468,7 @@ INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& m
     }
     c.template modulate<T, true>(tiling, unit, modulation);
   };
-  const auto reduce = [&](int64_t unit, int64_t tile, float* scratch, int64_t ahead) {
+  const auto reduce = [&](int64_t unit, int64_t tile, float* scratch, int64_t) {
     const NormCoefficients c(tiling, scratch);
     const Patch patch = tiling.patch(tile);
     float* kept = scratch + coefficients + sums;
@@ -480,7 +479,7 @@ INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& m
       vf v[V], dz[V];
       span_load(x + j, span, v);
       span_load(grad_y + j, span, dz);
-      if (ahead) span_prefetch(x + j + ahead, span), span_prefetch(grad_y + j + ahead, span);
+      for (int k = 0; k < V; ++k) fetch_ahead(x + j + k * LANES), fetch_ahead(grad_y + j + k * LANES);
       differentiate(span, center, slope, level, v, dz);
       for (int k = 0; k < V; ++k) some[k] = some[k] + dz[k], products[k] = fma(dz[k], v[k], products[k]);
       if (keep) span_store(kept + j - origin, span, dz);
@@ -505,16 +504,16 @@ INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& m
     } else {
       float* out = sums_of(scratch, tiling.parts > 1 ? tile % tiling.parts : 0);
       for_rows<Last>(tiling, unit, patch, [&](int64_t row, int64_t channel, int64_t count) {
-        const vf center[2] = {splat(c.center[channel]), splat(c.center[channel])};
-        const vf slope[2] = {splat(c.slope[channel]), splat(c.slope[channel])};
-        const vf level[2] = {splat(c.level[channel]), splat(c.level[channel])};
-        vf total{}, product{};
-        for (int64_t begin = 0; begin < count; begin += CHAIN * PAIR) {
-          vf some[2] = {}, products[2] = {};
-          for_spans<2>(min(CHAIN * PAIR, count - begin), [&](int64_t i, auto span) {
+        vf center[4], slope[4], level[4], total{}, product{};
+        for (int k = 0; k < 4; ++k)
+          center[k] = splat(c.center[channel]), slope[k] = splat(c.slope[channel]), level[k] = splat(c.level[channel]);
+        for (int64_t begin = 0; begin < count; begin += 2 * CHAIN * PAIR) {
+          vf some[4] = {}, products[4] = {};
+          for_spans<4>(min(2 * CHAIN * PAIR, count - begin), [&](int64_t i, auto span) {
             add(row + begin + i, span, center, slope, level, some, products);
           });
-          total = total + (some[0] + some[1]), product = product + (products[0] + products[1]);
+          total = total + ((some[0] + some[1]) + (some[2] + some[3]));
+          product = product + ((products[0] + products[1]) + (products[2] + products[3]));
         }
         out[channel] = sum(total);
         out[width + channel] = sum(product);
@@ -580,7 +579,6 @@ INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& m
         span_store(grad_x + j, span, v, stream);
       });
     });
-    if (stream) drain_stores();
   };
   tiling.run(threads, coefficients + sums + (keep ? tiling.unit_size() : 0), 2 * sizeof(T), keep, prepare, reduce, finish,
              apply);

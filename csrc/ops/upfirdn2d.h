@@ -293,7 +293,6 @@ INLINE void upfirdn2d_as(int64_t images, int64_t unit, const T* x, const Filter&
     delete[] inputs;
     delete[] weight;
     delete[] held;
-    if (stream) drain_stores();
   });
 }
 

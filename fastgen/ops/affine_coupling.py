@@ -72,23 +72,37 @@ def affine_coupling_reference(
     return Coupled(y.to(x.dtype), s.reshape(len(s), math.prod(s.shape[1:])).sum(1))
 
 
-_forward_cpp = _native.Launch("affine_coupling_fwd", "dtype rows event like like like >like >row flag flag flag threads")
-_backward_cpp = _native.Launch(
-    "affine_coupling_bwd", "dtype rows event like null like like row >like null >like flag flag threads"
-)
-_backward_of_inverse_cpp = _native.Launch(
-    "affine_coupling_bwd", "dtype rows event like like like like row >like >like >like flag flag threads"
-)
+class _Kernels(NamedTuple):
+    """The C++ kernels of one choice of bound and direction."""
+
+    forward: _native.Launch
+    backward: _native.Launch
+    record: _native.Record
 
 
-def _flags(bound: int) -> tuple[bool, bool]:
-    """The code of a bound as the launches take it."""
-    return bound == BOUNDS["tanh"], bound == BOUNDS["sigmoid"]
+def _kernels(bound: int, inverse: bool) -> _Kernels:
+    plan = f"dtype rows event like like like >like >row {bound} {int(inverse)} threads"
+    forward = _native.Launch("affine_coupling_fwd", plan)
+    # forward, the gradient of shift is that of y, and its value does not enter the others
+    shift, grad_shift = ("like", ">like") if inverse else ("null", "null")
+    plan = f"dtype rows event like {shift} like like? row >like {grad_shift} >like {bound} threads"
+    backward = _native.Launch("affine_coupling_bwd", plan)
+
+    def longer(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.bound, ctx.backend = bound, "cpp"
+        return _AffineCoupling.backward(ctx, *grads)[:3]
+
+    takes, gives = ("i0 i1 i2 g0 g1", "o0 o1 o2") if inverse else ("i0 i2 g0 g1", "o0 g0 o1")
+    record = _native.Record(forward, forward, backward, takes=takes, gives=gives, returns=2, longer=longer)
+    return _Kernels(forward, backward, record)
+
+
+_cpp = {(bound, inverse): _kernels(bound, inverse) for bound in BOUNDS.values() for inverse in (False, True)}
 
 
 def _forward(x: Tensor, shift: Tensor, log_scale: Tensor, bound: int, inverse: bool, backend: str) -> tuple[Tensor, ...]:
     if backend == "cpp":
-        return _forward_cpp(x, shift, log_scale, *_flags(bound), inverse)
+        return _cpp[bound, inverse].forward(x, shift, log_scale)
     y, log_det = torch.empty_like(x), _checks.per_sample(x)
     rows, event = _checks.as_rows(x)
     _dispatch.triton_module("affine_coupling").affine_coupling_fwd(rows, event, x, shift, log_scale, y, log_det, bound, inverse)
@@ -106,9 +120,8 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of x, of shift for the inverse alone, and of log_scale."""
     if backend == "cpp":
-        if shift is None:
-            return _backward_cpp(x, log_scale, grad_y, grad_log_det, *_flags(bound))
-        return _backward_of_inverse_cpp(x, shift, log_scale, grad_y, grad_log_det, *_flags(bound))
+        given = (x, log_scale) if shift is None else (x, shift, log_scale)
+        return _cpp[bound, shift is not None].backward(*given, grad_y, grad_log_det)
     grad_x, grad_log_scale = torch.empty_like(x), torch.empty_like(x)
     grad_shift = None if shift is None else torch.empty_like(x)
     rows, event = _checks.as_rows(x)
@@ -126,7 +139,6 @@ _transform = _dispatch.raw_op(
     _forward,
     lambda x, *_: (torch.empty_like(x), _checks.per_sample(x)),
 )
-# forward, the gradient of shift is that of y and not computed; its value does not enter the others
 _differentiate = _dispatch.raw_op(
     "affine_coupling_bwd",
     f"(Tensor x, Tensor log_scale, {_GRADIENTS}) -> (Tensor, Tensor)",
@@ -149,24 +161,21 @@ class _AffineCoupling(torch.autograd.Function):
         ctx: Any, x: Tensor, shift: Tensor, log_scale: Tensor, bound: int, inverse: bool, backend: str
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, shift if inverse else None, log_scale)
+        ctx.save_for_backward(x, *((shift,) if inverse else ()), log_scale)
         ctx.bound, ctx.backend = bound, backend
         return _transform(x, shift, log_scale, bound, inverse, backend)
 
     @staticmethod
     @_dispatch.differentiable_once
     def backward(ctx: Any, grad_y: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, shift, log_scale = ctx.saved_tensors
+        x, *shift, log_scale = ctx.saved_tensors
         grad_y = grad_y if grad_y is None else grad_y.contiguous()
         grad_log_det = grad_log_det if grad_log_det is None else grad_log_det.contiguous()
-        if shift is None:
+        if not shift:
             grad_x, grad_log_scale = _differentiate(x, log_scale, grad_y, grad_log_det, ctx.bound, ctx.backend)
             return grad_x, grad_y, grad_log_scale, None, None, None
-        grads = _differentiate_inverse(x, shift, log_scale, grad_y, grad_log_det, ctx.bound, ctx.backend)
+        grads = _differentiate_inverse(x, *shift, log_scale, grad_y, grad_log_det, ctx.bound, ctx.backend)
         return *grads, None, None, None
-
-
-_apply = _dispatch.applier(_AffineCoupling)
 
 
 def affine_coupling(
@@ -202,11 +211,9 @@ def affine_coupling(
     """
     code = bound_code(bound)
     if _dispatch.launch_mode(backend, None) is not None:
-        made = _forward_cpp.attempt(x, shift, log_scale, *_flags(code), inverse)
+        made = _cpp[code, inverse].record.attempt(x, shift, log_scale)
         if made:
             return Coupled._make(made)
-        if made is False:
-            return Coupled._make(_apply(x, shift, log_scale, code, inverse, "cpp"))
     x, shift, log_scale = _checks.common(x=x, shift=shift, log_scale=log_scale)
     chosen = _dispatch.choose(SPEC, backend, x)
     if chosen == "reference":
