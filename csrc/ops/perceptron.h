@@ -2,9 +2,10 @@
 // at a time. fastgen/ops/perceptron.py has the mathematics.
 //
 // Activations lie in panels, [columns / PANEL][TILE_ROWS][PANEL], padded with zeros: a panel of 16 KB and the weights that it
-// meets, packed to [inputs][PANEL], stay in the first-level cache, a tile of a whole layer in the second. All products go by the
-// same register block of ROWS x VECTORS sums, in ascending order of what they sum over, so that a row's result depends neither
-// on its tile nor on the threads. Gradients of weights are summed over TASK_TILES tiles at a time, then over those in order.
+// meets, packed to [inputs][PANEL], stay in the first-level cache, a tile of a whole layer in the second. All products go by
+// the same register block of ROWS x VECTORS sums, in ascending order of what they sum over, so that a row's result depends
+// neither on its tile nor on the threads. Gradients of weights are summed over TASK_TILES tiles at a time, then over those in
+// order.
 #pragma once
 #include "../math.h"
 #include "../parallel.h"

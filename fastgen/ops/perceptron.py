@@ -5,13 +5,14 @@
 with h the last hidden layer. ``added`` is what else enters the first layer, a projected context for one. Gradients flow to
 ``x``, ``parameters`` and ``added``, with e_i the gradient of what goes into relu and [.] one where true and zero where not:
 
-    e = [h > 0] * sum_j V_j' dy_j,    dW_i = sum over samples of e_i h_(i-1)',    db_i = sum of e_i,    e_(i-1) = [h_(i-1) > 0] * W_i' e_i
+    e = [h > 0] * sum_j V_j' dy_j,    e_(i-1) = [h_(i-1) > 0] * W_i' e_i,
+    dW_i = sum over samples of e_i h_(i-1)',    db_i = sum over samples of e_i
 
-A tile of samples goes through all layers while its activations lie in the cache, bias, ReLU and its derivative on the way: that
-is faster than a library's matrix products with passes over the activations between them as long as layers are narrow, see
-:func:`perceptron_serves`. For large batches the backward pass computes the hidden layers again, tile by tile, and nothing is kept
-but the inputs. Sums are in a fixed order: nothing depends on the
-number of threads. Second derivatives are those of the reference.
+A tile of samples goes through all layers while its activations lie in the cache, bias, ReLU and its derivative on the way.
+That is faster than a library's matrix products with passes over the activations between them as long as layers are narrow,
+see :func:`perceptron_serves`. For large batches the backward pass computes the hidden layers again, tile by tile, and nothing
+is kept but the inputs. Sums are in a fixed order: nothing depends on the number of threads. Second derivatives are those of
+the reference.
 
 float32 on CPUs has kernels. Elsewhere the reference serves: the matrix products are those of PyTorch's libraries.
 
@@ -182,15 +183,15 @@ def _backward(
     grad_x, grad_parameters, grad_added = (g if want else None for g, want in zip(found, wanted, strict=True))
     _native.kernel("perceptron_bwd")(
         x.shape[0], len(hidden), len(outputs), _widths(x.shape[1], *hidden, *outputs), x, added, parameters, limit,
-        kept if kept.numel() else None, *grads, *_ABSENT[len(outputs) :], grad_x, grad_added, grad_parameters, torch.get_num_threads(),
+        kept if kept.numel() else None, *grads, *_ABSENT[len(outputs) :], grad_x, grad_added, grad_parameters,
+        torch.get_num_threads(),
     )  # fmt: skip
     return found
 
 
 _apply = _dispatch.raw_op(
     "perceptron",
-    "(Tensor x, Tensor parameters, Tensor? added, int[] hidden, int[] outputs, float limit, bool keep)"
-    " -> Tensor[]",
+    "(Tensor x, Tensor parameters, Tensor? added, int[] hidden, int[] outputs, float limit, bool keep) -> Tensor[]",
     _forward,
     lambda x, parameters, added, hidden, outputs, limit, keep: _results_like(x, hidden, outputs, keep),
 )
@@ -247,13 +248,13 @@ def _differentiable_gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients as functions of the inputs and of ``grads``, by plain PyTorch."""
     # aliases, so that nothing but this network is differentiated
-    x, added, *own = [t if t is None else t.view_as(t) for t in (x, added, *parameters)]
+    x, added, own = x.view_as(x), None if added is None else added.view_as(added), [p.view_as(p) for p in parameters]
     layers: Parameters = own[0] if len(own) == 1 else list(zip(own[::2], own[1::2], strict=True))
     limit = None if math.isinf(ctx.limit) else ctx.limit
     results = perceptron_reference(x, layers, hidden=ctx.hidden, outputs=ctx.outputs, added=added, limit=limit)
     pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
     inputs = (x, added, None, None, None, None, *own)
-    leaves = [t for t, want in zip(inputs, ctx.needs_input_grad, strict=True) if want]
+    leaves = [t for t, want in zip(inputs, ctx.needs_input_grad, strict=True) if t is not None and want]
     found = iter(torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], create_graph=True))
     return tuple(next(found) if want else None for want in ctx.needs_input_grad)
 
@@ -268,8 +269,8 @@ def _supports(backend: str, inputs: dict[str, Any]) -> str | None:
 def perceptron_serves(x: Tensor, hidden: Sequence[int], outputs: Sequence[int]) -> bool:
     """Whether there is a kernel for such a network on inputs like ``x``, and nothing about it is better left to PyTorch.
 
-    False for wide layers, whose products a library does faster, and where something wants to see or to change the linear layers:
-    torch.compile, autocast, transforms of ``torch.func``.
+    False for wide layers, whose products a library does faster, and where something wants to see or to change the linear
+    layers: torch.compile, autocast, transforms of ``torch.func``.
     """
     if x.dtype is not torch.float32 or type(x) is not Tensor or x.dim() != 2 or torch.compiler.is_compiling():
         return False

@@ -95,14 +95,15 @@ def test_what_is_kept_does_not_grow_with_depth():
 
 @pytest.mark.parametrize("stored", [0.0, 0.4, 1.0])
 def test_a_share_of_the_layers_may_be_stored(stored):
-    x = torch.randn(64, 5)
-    plain = make("nsf", layers=10, hidden=(32, 32))
-    model = make("nsf", layers=10, hidden=(32, 32), memory="invertible", stored=stored)
+    # in double precision: in float32, rounding of what is rebuilt moves gradients of ten layers by 1e-5 to 1e-3 of their norm
+    x = torch.randn(64, 5, dtype=torch.float64)
+    plain = make("nsf", torch.float64, layers=10, hidden=(32, 32))
+    model = make("nsf", torch.float64, layers=10, hidden=(32, 32), memory="invertible", stored=stored)
     (loss, expected), (loss_rebuilt, got) = gradients(plain, x, None), gradients(model, x, None)
     torch.testing.assert_close(loss_rebuilt, loss)
-    assert_close(got, expected, PRECISION[torch.float32])
+    assert_close(got, expected, PRECISION[torch.float64])
     assert set(model.transform.reconstruction_errors) == set(range(10 - round(10 * stored)))
-    share = saved_bytes(model, x) / saved_bytes(plain, x)
+    share = saved_bytes(model.float(), x.float()) / saved_bytes(plain.float(), x.float())
     assert share == pytest.approx(stored, abs=0.08)
 
 
