@@ -20,6 +20,7 @@ from fastgen.training.checkpoint import write_atomic
 __all__ = ["encode_png", "grid", "save_png", "to_uint8"]
 
 _BACKGROUND = 255
+_LEGIBLE = 480  # pixels along the longer side that a grid may be enlarged to
 
 
 def _check(images: Tensor) -> None:
@@ -87,19 +88,26 @@ def encode_png(pixels: NDArray[np.uint8], note: str | None = None) -> bytes:
     return file.getvalue()
 
 
-def save_png(images: Tensor, path: str | Path, *, columns: int | None = None, padding: int = 2) -> Path:
+def save_png(
+    images: Tensor, path: str | Path, *, columns: int | None = None, padding: int = 2, scale: int | None = None
+) -> Path:
     """Write a :func:`grid` of images as a PNG.
 
     Args:
         images: [N, C, H, W] in [0, 1], or uint8.
         path: the file; its folder is made.
         columns, padding: as in :func:`grid`.
+        scale: each pixel becomes a square of this side. None: 1 for a single image, and for several what makes a grid of tiny
+            ones large enough to see.
 
     Returns:
         the path.
     """
     path = Path(path)
-    pixels = encode_png(grid(images, columns=columns, padding=padding))
+    canvas = grid(images, columns=columns, padding=padding)
+    if scale is None:
+        scale = 1 if len(images) == 1 else max(1, _LEGIBLE // max(canvas.shape[:2]))
+    pixels = encode_png(canvas.repeat(scale, 0).repeat(scale, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, pixels)
     return path

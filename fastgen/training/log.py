@@ -40,9 +40,10 @@ def truncate_metrics(path: Path, step: int) -> None:
     checkpoint.write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
-def draw_losses(metrics: Path, out: Path) -> None:
+def draw_losses(metrics: Path, out: Path, title: str = "") -> None:
     """Draw the first loss of each phase of a ``metrics.jsonl`` over the steps, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for line in read_metrics(metrics):
@@ -58,8 +59,8 @@ def draw_losses(metrics: Path, out: Path) -> None:
     axes = figure.add_subplot()
     for name, (steps, values) in curves.items():
         axes.plot(steps, values, label=name, marker="o" if len(steps) == 1 else None)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
+    axes.set(title=title, xlabel="step", ylabel="loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if curves:
         axes.legend()
@@ -133,4 +134,6 @@ class Pictures:
     def losses(self) -> None:
         """Draw the loss curve."""
         if self._can_plot:
-            draw_losses(self._run_dir.metrics, self._run_dir.loss_curve)
+            config = self._run_dir.read_config()
+            title = f"{config['model'] or config['class']} on {config['data']['name']}"
+            draw_losses(self._run_dir.metrics, self._run_dir.loss_curve, title)

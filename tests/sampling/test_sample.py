@@ -177,8 +177,12 @@ def test_image_files(tmp_path, channels):
     assert sorted(p.name for p in folder.iterdir()) == ["00000002.png", "00000003.png", "00000004.png"]
     for i in range(2, 5):
         assert np.array_equal(read_png(folder / f"{i:08d}.png"), x[i])
-    grid = read_png(sample(model, 5, out=tmp_path / "grid.png"))
-    assert grid.shape[:2] == (2 * 7 + 2, 3 * 9 + 2)
+    picture = read_png(sample(model, 5, out=tmp_path / "grid.png"))
+    scale = 480 // (3 * 9 + 2)  # large enough to see
+    assert picture.shape[:2] == (scale * (2 * 7 + 2), scale * (3 * 9 + 2))
+    grid = picture[::scale, ::scale]
+    assert np.array_equal(grid.repeat(scale, 0).repeat(scale, 1), picture)
+    assert read_png(sample(model, 1, out=tmp_path / "one.png")).shape[:2] == (5 + 4, 7 + 4)  # one image stays as it is
     assert np.array_equal(grid[2:7, 2:9], x[0])
     assert np.array_equal(grid[9:14, 11:18], x[4])
     assert (grid[:2] == 255).all()
