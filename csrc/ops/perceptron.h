@@ -301,7 +301,11 @@ inline void perceptron_fwd(int64_t rows, int64_t hidden_layers, int64_t heads, c
   parallel_ranges(layers.tiles, layers.worthwhile(threads), [&](int64_t begin, int64_t end) {
     Activations activation(layers);
     for (int64_t tile = begin; tile < end; ++tile) {
-      if (hidden) activation.take(layers, hidden, tile);
+      if (hidden) {
+        activation.take(layers, hidden, tile);
+        for (int64_t i = 1; i < layers.count && layers.rows_of(tile) < TILE_ROWS; ++i)  // rows that nobody writes
+          memset(activation.of[i], 0, TILE_ROWS * padded(layers.width[i]) * sizeof(float));
+      }
       read_input(layers, tile, x, (float)limit, activation.of[0]);
       compute_hidden(layers, weights, tile, added, activation.of);
       float* out = activation.spare[0];

@@ -105,7 +105,8 @@ def compare(flow, expected, features, context=0):
     x = 2.5 * torch.randn(40, features)
     c = torch.randn(40, context) if context else None
     with torch.no_grad():
-        torch.testing.assert_close(flow.log_prob(x, c), expected(x, c), rtol=1e-5, atol=1e-5)
+        # rounding takes either side up to 1e-5 from the log-density in double precision, where that is thousands of nats
+        torch.testing.assert_close(flow.log_prob(x, c), expected(x, c), rtol=2e-5, atol=1e-5)
         flow, x, c = flow.double(), x.double(), None if c is None else c.double()
         torch.testing.assert_close(flow.decode(flow.encode(x, c), c), x, rtol=1e-6, atol=1e-6)
 
