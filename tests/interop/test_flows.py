@@ -101,15 +101,14 @@ def test_flow_embeds_its_context():
 
 
 def compare(flow, peer, log_prob, features, context=0):
-    """log p of data near and far, against the peer's in double precision; and the way there and back."""
-    x = 2.5 * torch.randn(40, features)
+    """log p against the peer's in double precision; and the way there and back."""
+    x = 1.5 * torch.randn(40, features)  # much farther out a log-density is millions of nats, and float32 is off by thousands
     c = torch.randn(40, context) if context else None
     with torch.no_grad():
-        single, theirs = flow.log_prob(x, c).double(), log_prob(x, c).double()
+        single = flow.log_prob(x, c).double()
         flow, peer, x, c = flow.double(), peer.double(), x.double(), None if c is None else c.double()
         expected = log_prob(x, c)
-        error, their_error = (((y - expected).abs() / (1 + expected.abs())).max() for y in (single, theirs))
-        assert error <= max(1e-5, 2 * their_error)  # far out a log-density is millions of nats, and theirs is off by more
+        torch.testing.assert_close(single, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(flow.log_prob(x, c), expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(flow.decode(flow.encode(x, c), c), x, rtol=1e-6, atol=1e-6)
 
