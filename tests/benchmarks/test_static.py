@@ -8,9 +8,9 @@ import pkgutil
 import subprocess
 import sys
 
+import fastgen.kernels
 import pytest
 
-import fastgen.kernels
 from benchmarks.machine import ROOT
 from benchmarks.static import StaticReport, _code, _tile_traffic, _width
 
