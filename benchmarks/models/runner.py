@@ -46,6 +46,8 @@ OPERATORS = (
 KERNELS = (
     "winograd_conv2d",
     "winograd_conv2d_weight",
+    "perceptron_fwd",
+    "perceptron_bwd",
     "lu_linear_fwd",
     "lu_linear_bwd",
     "lu_linear_rebuild",
