@@ -223,8 +223,9 @@ def _check_linear_layers(inputs: dict[str, Any]) -> None:
 
     known = {name: value for name, value in inputs.items() if name != "keep"}
     names = ("x", "added", "parameters")
-    expected = bind(perceptron_reference, known, "fwdbwd", names)()
-    found = _linear_layers(inputs, "fwdbwd")()
+    with torch.enable_grad():
+        expected = bind(perceptron_reference, known, "fwdbwd", names)()
+        found = _linear_layers(inputs, "fwdbwd")()
     first = len(expected) - 1
     joined = torch.cat([g.flatten() for g in found[first:]])
     for got, right in zip((*found[:first], joined), expected, strict=True):

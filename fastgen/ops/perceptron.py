@@ -386,7 +386,7 @@ SPEC = OpSpec(
     gradients=("x", "parameters", "added"),
     example_inputs=_example_inputs,
     flags={
-        "hidden": ((33, 8), (130,), (64, 32), (4, 3, 2)),
+        "hidden": ((33, 8), (130,), (64, 32), (4, 3, 2), (128, 128)),
         "outputs": ((5, 40), (1, 1), (32, 32)),
         "added": (False, True),
         "limit": (1.125, None),
