@@ -20,7 +20,7 @@ or the same in estimates of the noise or of the slope, so a sampler is a functio
 
 Sources: Ho et al. (2020), algorithm 2; Nichol and Dhariwal (2021), eq. 15; Song et al. (2021), "Denoising diffusion implicit
 models", eq. 12 and 16; Karras et al. (2022), algorithms 1 and 2; Lu et al. (2022), "DPM-Solver" and "DPM-Solver++", algorithm
-2 and its SDE form; Song et al. (2021), "Score-based generative modeling through stochastic differential equations", algorithms
+1 (single-step), 2 and its SDE form; Song et al. (2021), "Score-based generative modeling through stochastic differential equations", algorithms
 2 to 5; Zhao et al. (2023), "UniPC", algorithms 5 to 8; Lugmayr et al. (2022), "RePaint"; Crowson (2022), k-diffusion
 (ancestral Euler, linear multistep).
 """
@@ -52,6 +52,7 @@ __all__ = [
     "SAMPLERS",
     "Consistency",
     "DPMSolver",
+    "DPMSolverSinglestep",
     "Estimate",
     "Euler",
     "EulerAncestral",
@@ -61,6 +62,7 @@ __all__ = [
     "PredictorCorrector",
     "Sampler",
     "UniPC",
+    "block_differences",
     "differences",
     "half_log_snr",
     "make_sampler",
@@ -351,6 +353,27 @@ def _lagrange_integrals(nodes: list[float], low: float, high: float) -> list[flo
     return out
 
 
+def _widths(grid: Grid) -> Tensor:
+    """Of each step in log(alpha / sigma)."""
+    return half_log_snr(grid.next_alpha, grid.next_sigma) - half_log_snr(grid.alpha, grid.sigma)
+
+
+def _integrals(grid: Grid, stochastic: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What DPM-Solver++ makes each step of: the share of the state that is kept; the integrals of an estimate that is 1, or the
+    share of the step that is done, or its square; and the noise."""
+    h = _widths(grid)
+    width = 2 * h if stochastic else h
+    share = -torch.expm1(-width)
+    keep = grid.next_sigma / grid.sigma
+    value = grid.next_alpha * share
+    slope = grid.next_alpha * (1 - share / width)
+    curvature = grid.next_alpha - 2 * slope / width
+    if stochastic:
+        return keep * torch.exp(-h), value, slope, curvature, grid.next_sigma * share.sqrt()
+    value = torch.where(torch.isfinite(h), value, grid.next_alpha - keep * grid.alpha)
+    return keep, value, slope, curvature, torch.zeros_like(h)
+
+
 @dataclasses.dataclass(frozen=True)
 class DPMSolver(Sampler):
     """DPM-Solver++, multistep: 2M and 3M, or with ``stochastic`` 2M-SDE and 3M-SDE; on the noise, DPM-Solver.
@@ -396,20 +419,8 @@ class DPMSolver(Sampler):
         return _plan(grid, self._integrated(grid, orders, self.stochastic))
 
     def _integrated(self, grid: Grid, orders: Sequence[int], stochastic: bool) -> Tensor:
-        here = half_log_snr(grid.alpha, grid.sigma)
-        h = half_log_snr(grid.next_alpha, grid.next_sigma) - here
-        width = 2 * h if stochastic else h
-        share = -torch.expm1(-width)
-        keep = grid.next_sigma / grid.sigma
-        # integrals over the step of 1, of the share of it that is done, and of its square
-        value = grid.next_alpha * share
-        slope = grid.next_alpha * (1 - share / width)
-        curvature = grid.next_alpha - 2 * slope / width
-        if stochastic:
-            keep, noise = keep * torch.exp(-h), grid.next_sigma * share.sqrt()
-        else:
-            noise = torch.zeros_like(h)
-            value = torch.where(torch.isfinite(h), value, grid.next_alpha - keep * grid.alpha)
+        here, h = half_log_snr(grid.alpha, grid.sigma), _widths(grid)
+        keep, value, slope, curvature, noise = _integrals(grid, stochastic)
         rows = torch.zeros(len(h), 3 + self.order - 1, dtype=torch.float64)
         rows[:, 0], rows[:, 1], rows[:, 2] = keep, value, noise
         for step, order in enumerate(orders):
@@ -429,7 +440,7 @@ class DPMSolver(Sampler):
     def _diffusing(grid: Grid, rows: Tensor) -> Tensor:
         """The SDE on the noise: it goes twice as far towards the data, and back half of the way by chance; but not from its
         last step to the data itself, which has no noise."""
-        h = half_log_snr(grid.next_alpha, grid.next_sigma) - half_log_snr(grid.alpha, grid.sigma)
+        h = _widths(grid)
         twice = torch.isfinite(h)
         rows = rows.clone()
         rows[:, 1:] *= torch.where(twice, 2.0, 1.0)[:, None]
@@ -447,6 +458,111 @@ def differences(here: Tensor, h: Tensor, step: int, order: int) -> tuple[Tensor,
     before = (here[step - 1] - here[step - 2]) / h[step]
     change = newest - torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64) / before
     return newest + recent / (recent + before) * change, change / (recent + before)
+
+
+@dataclasses.dataclass(frozen=True)
+class DPMSolverSinglestep(Sampler):
+    """DPM-Solver++, single-step: blocks of ``order`` evaluations, each of which steps from the block's start again (2S, 3S); on
+    the noise, DPM-Solver-2 and 3.
+
+    The points of the grid are the evaluations, so a run of n steps costs what one of any other sampler does. The state at the
+    block's start is not kept: what led from it to the present one is known, and subtracted.
+
+    Args:
+        order: 1 to 3; the last step to the data is of the first.
+        solver: "midpoint", the line through the block's first and its last estimate, as published; or "heun", integrated
+            exactly, at order 3 the parabola through all.
+        on: what is combined: estimates of the "data" or of the "noise".
+    """
+
+    order: int = 2
+    solver: Literal["midpoint", "heun"] = "midpoint"
+    on: Estimate = "data"
+    layout: ClassVar[Layout] = "solver"
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2, 3):
+            raise ValueError(f"order must be 1, 2 or 3, got {self.order}")
+        if self.solver not in ("midpoint", "heun"):
+            raise ValueError(f"solver must be 'midpoint' or 'heun', got {self.solver!r}")
+        if self.on not in ("data", "noise"):
+            raise ValueError(f"on must be 'data' or 'noise', got {self.on!r}")
+
+    @property
+    def clamps(self) -> bool:
+        return self.on == "data"
+
+    def orders(self, steps: int, *, lower_final: bool = True) -> list[int]:
+        """The order of each step: 1 .. ``order`` again and again, cut short at the end.
+
+        Args:
+            steps: how many.
+            lower_final: whether whole blocks too leave their last step to the first order, which is stable.
+        """
+        short = steps % self.order or (self.order if lower_final and steps else 0)
+        blocks = [*range(1, self.order + 1)] * ((steps - short) // self.order)
+        if short == self.order:
+            return [*blocks, *range(1, self.order), 1]
+        return [*blocks, *range(1, short + 1)]
+
+    def plan(self, grid: Grid) -> Plan:
+        # a step from no data at all, or to no noise, is endless in log-SNR: of the first order, a block of its own
+        alone = bool(grid.alpha[0] == 0)
+        orders = [1] * alone + self.orders(len(grid.time) - alone)
+        if not bool(grid.next_sigma[-1] > 0):
+            orders[-1] = 1
+        return self.plan_of_orders(grid, orders)
+
+    def plan_of_orders(self, grid: Grid, orders: Sequence[int]) -> Plan:
+        """The plan with each step of an order of its own: 1, or one more than that of the step before."""
+        plan = self.from_starts(grid, orders)
+        rows = plan.rows.clone()
+        for step, order in enumerate(orders):
+            if order > 1:
+                # the state before this step is a share of that at the block's start and estimates that are known
+                share = rows[step, 0] / plan.rows[step - 1, 0]
+                rows[step, 0] = share
+                rows[step, 3:] -= share * plan.rows[step - 1, [1, *range(3, plan.rows.shape[1] - 1)]]
+        return plan._replace(rows=rows)
+
+    def from_starts(self, grid: Grid, orders: Sequence[int], *, stochastic: bool = False) -> Plan:
+        """The same plan, but of the state at the block's start in place of the present one; with ``stochastic`` that of the
+        SDE, which has no other."""
+        _check_estimate(self.on, grid)
+        if self.on == "noise":
+            return on_noise(dataclasses.replace(self, on="data").from_starts(mirrored(grid), orders))
+        starts = torch.arange(len(orders)) - torch.tensor(orders) + 1
+        blocks = grid._replace(alpha=grid.alpha[starts], sigma=grid.sigma[starts])
+        here, h = half_log_snr(grid.alpha, grid.sigma), _widths(blocks)
+        keep, value, slope, curvature, noise = _integrals(blocks, stochastic)
+        rows = torch.zeros(len(h), 3 + self.order - 1, dtype=torch.float64)
+        rows[:, 0], rows[:, 2] = keep, noise
+        for step, order in enumerate(orders):
+            weights = torch.zeros(order, dtype=torch.float64)
+            if order > 1:
+                line, bend = block_differences(here, h, step, order)
+                if self.solver == "heun":
+                    weights = slope[step] * line + curvature[step] * bend
+                else:
+                    to_newest = line + bend * (here[step] - here[starts[step]]) / h[step]
+                    weights = (0.5 * value[step] if order == 2 else slope[step]) * to_newest
+            weights[-1] += value[step]
+            rows[step, 1], rows[step, 3 : 2 + order] = weights[0], weights[1:]
+        return _plan(grid, rows)
+
+
+def block_differences(here: Tensor, h: Tensor, step: int, order: int) -> tuple[Tensor, Tensor]:
+    """The line or, at order 3, the parabola through a block's estimates, in the share of the block that is done: weights of these,
+    newest first, in its linear and its quadratic coefficient."""
+    start = here[step - order + 1]
+    newest = (here[step] - start) / h[step]
+    line = torch.tensor([1.0, *[0.0] * (order - 2), -1.0], dtype=torch.float64) / newest
+    if order == 2:
+        return line, torch.zeros_like(line)
+    middle = (here[step - 1] - start) / h[step]
+    to_middle = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64) / middle
+    bend = (line - to_middle) / (newest - middle)
+    return to_middle - middle * bend, bend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -615,6 +731,8 @@ SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
     "dpmpp_2m_sde": (DPMSolver, {"stochastic": True}),
     "dpmpp_3m": (DPMSolver, {"order": 3}),
     "dpmpp_3m_sde": (DPMSolver, {"order": 3, "stochastic": True}),
+    "dpmpp_2s": (DPMSolverSinglestep, {}),
+    "dpmpp_3s": (DPMSolverSinglestep, {"order": 3}),
     "unipc": (UniPC, {}),
     "consistency": (Consistency, {}),
 }

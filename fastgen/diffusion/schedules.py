@@ -55,7 +55,7 @@ __all__ = [
     "zero_terminal_snr",
 ]
 
-Betas = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
+Betas = Literal["linear", "scaled_linear", "cosine", "sigmoid", "laplace"]
 Levels = Literal["karras", "exponential", "beta"]
 Spacing = Literal["trailing", "leading", "linspace", "karras", "exponential", "beta"]
 Target = Literal["epsilon", "x0", "v", "velocity"]
@@ -205,9 +205,10 @@ def betas(
     """Variances beta_t of the forward chain x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps: [steps].
 
     Args:
-        kind: "linear", "scaled_linear" (linear in the square root) or "sigmoid" between ``start`` and ``end``, or "cosine".
+        kind: "linear", "scaled_linear" (linear in the square root) or "sigmoid" between ``start`` and ``end``, "cosine", or
+            "laplace", whose log-SNR is spread as that distribution, with diffusers' constants.
         steps: length of the chain.
-        start, end: first and last beta; "cosine" has its own.
+        start, end: first and last beta; "cosine" and "laplace" have their own.
         zero_snr: rescale with :func:`zero_terminal_snr`.
         dtype: that it is computed in; float32 gives diffusers' values bit by bit.
 
@@ -224,6 +225,10 @@ def betas(
         out = torch.linspace(-6, 6, steps, dtype=dtype).sigmoid() * (end - start) + start
     elif kind == "cosine":
         bar = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2).square()
+        out = (1 - bar[1:] / bar[:-1]).clamp(max=0.999).to(dtype)
+    elif kind == "laplace":
+        left = 0.5 - torch.arange(steps + 1, dtype=torch.float64) / steps
+        bar = torch.sigmoid(-0.5 * torch.ones_like(left).copysign(left) * (1 - 2 * left.abs() + 1e-6).log()).sqrt()
         out = (1 - bar[1:] / bar[:-1]).clamp(max=0.999).to(dtype)
     else:
         raise ValueError(f"schedule must be one of {', '.join(get_args(Betas))}, got {kind!r}")

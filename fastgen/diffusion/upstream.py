@@ -15,10 +15,20 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastgen.diffusion.samplers import DDPM, DPMSolver, Plan, Sampler, differences, half_log_snr, mirrored
+from fastgen.diffusion.samplers import (
+    DDPM,
+    DPMSolver,
+    DPMSolverSinglestep,
+    Plan,
+    Sampler,
+    block_differences,
+    differences,
+    half_log_snr,
+    mirrored,
+)
 from fastgen.diffusion.schedules import Discrete, Grid, Levels, Schedule, Spacing, noise_levels
 
-__all__ = ["upstream_chain", "upstream_grid", "upstream_plan", "upstream_third_order"]
+__all__ = ["upstream_block_order", "upstream_chain", "upstream_grid", "upstream_plan", "upstream_third_order"]
 
 
 def upstream_chain(betas: Tensor) -> Discrete:
@@ -127,6 +137,19 @@ def upstream_third_order(grid: Grid, steps: Iterable[int], sampler: DPMSolver) -
             w = width[step]
             half = 0.5 - (1 + torch.expm1(-w) / w) / w
             rows[step, [1, 3, 4]] = -grid.next_alpha[step] * (half + stochastic) * second
+    return rows
+
+
+def upstream_block_order(grid: Grid, orders: Sequence[int], sampler: DPMSolverSinglestep) -> Tensor:
+    """What upstream's single-step solver of the SDE differs by in its rows from the blocks' starts: with "heun" it weighs the
+    curvature of the estimate by twice alpha less (-1/2 in place of +1/2)."""
+    rows = torch.zeros(len(orders), 2 + sampler.order, dtype=torch.float64)
+    here = half_log_snr(grid.alpha, grid.sigma)
+    if sampler.solver == "heun":
+        for step, order in enumerate(orders):
+            if order == 3:
+                h = half_log_snr(grid.next_alpha, grid.next_sigma) - here[step - 2]
+                rows[step, [1, 3, 4]] = -2 * grid.next_alpha[step] * block_differences(here, h, step, 3)[1]
     return rows
 
 

@@ -7,7 +7,19 @@ import pytest
 import torch
 
 from fastgen.diffusion import samplers
-from fastgen.diffusion.samplers import DDIM, DDPM, LMS, SAMPLERS, DPMSolver, Euler, EulerAncestral, Heun, UniPC, make_sampler
+from fastgen.diffusion.samplers import (
+    DDIM,
+    DDPM,
+    LMS,
+    SAMPLERS,
+    DPMSolver,
+    DPMSolverSinglestep,
+    Euler,
+    EulerAncestral,
+    Heun,
+    UniPC,
+    make_sampler,
+)
 from fastgen.diffusion.schedules import VE, VP, Discrete, Flow, Grid, Karras, SubVP, betas
 from tests.diffusion.gaussian import COVARIANCE, MEAN, linear_map, moments
 
@@ -72,6 +84,13 @@ def between(schedule, steps, first, last):
         (UniPC(2), 2),
         (UniPC(3), 2),
         (UniPC(2, solver="bh1"), 2),
+        (DPMSolverSinglestep(1), 1),
+        (DPMSolverSinglestep(2), 2),
+        (DPMSolverSinglestep(2, "heun"), 2),
+        (DPMSolverSinglestep(3), 2),
+        (DPMSolverSinglestep(3, "heun"), 3),
+        (DPMSolverSinglestep(2, on="noise"), 2),
+        (DPMSolverSinglestep(3, "heun", on="noise"), 3),
         (DPMSolver(1, on="noise"), 1),
         (DPMSolver(2, on="noise"), 2),
         (DPMSolver(2, solver="heun", on="noise"), 2),
@@ -269,7 +288,16 @@ def test_one_step_goes_to_the_estimate():
                 torch.testing.assert_close(rows[-1, :3], torch.tensor([0.0, 1.0, 0.0]).double())
 
 
-@pytest.mark.parametrize("method", [DPMSolver(3, on="noise"), DPMSolver(2, True, on="noise"), UniPC(3, on="noise")], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        DPMSolver(3, on="noise"),
+        DPMSolver(2, True, on="noise"),
+        DPMSolverSinglestep(3, on="noise"),
+        UniPC(3, on="noise"),
+    ],
+    ids=str,
+)
 def test_solvers_on_the_noise_end_at_the_estimate_of_the_data(method):
     for name in ("chain", "vp", "karras"):
         plan = method.plan(SCHEDULES[name][0].grid(1))
@@ -296,6 +324,9 @@ def test_solvers_on_the_noise_end_at_the_estimate_of_the_data(method):
         (lambda: DPMSolver(solver="rk"), "solver must be 'midpoint' or 'heun'"),
         (lambda: DPMSolver(on="slope"), "on must be 'data' or 'noise', got 'slope'"),
         (lambda: DPMSolver(3, stochastic=True, on="noise"), "order must be 1 or 2 for the stochastic solver on the noise"),
+        (lambda: DPMSolverSinglestep(4), "order must be 1, 2 or 3, got 4"),
+        (lambda: DPMSolverSinglestep(solver="rk"), "solver must be 'midpoint' or 'heun'"),
+        (lambda: DPMSolverSinglestep(on="slope"), "on must be 'data' or 'noise', got 'slope'"),
         (lambda: UniPC(on="slope"), "on must be 'data' or 'noise', got 'slope'"),
         (lambda: UniPC(4), "order must be 1, 2 or 3"),
         (lambda: UniPC(solver="bh3"), "solver must be 'bh1' or 'bh2'"),

@@ -29,7 +29,13 @@ NAMES = ["linear", "cosine", "vp", "sub-vp", "ve", "karras", "flow", "flow-shift
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize(
     ("kind", "upstream"),
-    [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2"), ("sigmoid", "sigmoid")],
+    [
+        ("linear", "linear"),
+        ("scaled_linear", "scaled_linear"),
+        ("cosine", "squaredcos_cap_v2"),
+        ("sigmoid", "sigmoid"),
+        ("laplace", "laplace"),
+    ],
 )
 def test_chain_is_that_of_diffusers(kind, upstream, zero_snr):
     theirs = diffusers.DDPMScheduler(
@@ -182,7 +188,10 @@ def test_weights_known_forms():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: betas("quadratic"), "schedule must be one of linear, scaled_linear, cosine, sigmoid, got 'quadratic'"),
+        (
+            lambda: betas("quadratic"),
+            "schedule must be one of linear, scaled_linear, cosine, sigmoid, laplace, got 'quadratic'",
+        ),
         (lambda: betas("linear", 0), "at least 1 step, got 0"),
         (lambda: Discrete(torch.tensor([0.1, 1.5])), r"values in \(0, 1\]"),
         (lambda: Discrete(betas("linear")).grid(1001), "at most the 1000 of the schedule, got 1001"),

@@ -1,10 +1,14 @@
 """For users of Hugging Face diffusers: its networks' weights load into ours, and schedulers with its names and verbs take the
 place of its own. diffusers itself is not needed."""
 
+from typing import NoReturn
+
 from fastgen.interop.diffusers.schedulers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -17,7 +21,9 @@ from fastgen.interop.diffusers.weights import load, load_autoencoder_kl, load_un
 __all__ = [
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
@@ -28,3 +34,10 @@ __all__ = [
     "load_autoencoder_kl",
     "load_unet",
 ]
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name.endswith("Scheduler"):
+        known = ", ".join(other for other in __all__ if other.endswith("Scheduler"))
+        raise ImportError(f"fastgen has no {name}; its schedulers with diffusers' names are {known}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

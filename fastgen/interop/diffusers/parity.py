@@ -189,10 +189,10 @@ def load_schedulers(path: str | Path) -> tuple[Any, Any] | str:
     diffusers = _extras.require("diffusers", package="diffusers", extra="bench", purpose="parity with diffusers")
     config = json.loads(file.read_text())
     name = config["_class_name"]
-    ours = getattr(importlib.import_module("fastgen.interop.diffusers"), name, None)
-    if ours is None:
+    library = importlib.import_module("fastgen.interop.diffusers")
+    if name not in library.__all__:
         return f"no sampler was compared: {name} has no counterpart here"
-    return getattr(diffusers, name).from_config(config), ours.from_config(config)
+    return getattr(diffusers, name).from_config(config), getattr(library, name).from_config(config)
 
 
 def trajectory(scheduler: Any, network: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, seed: int) -> list[Tensor]:

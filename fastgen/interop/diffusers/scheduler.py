@@ -35,7 +35,7 @@ __all__ = ["ChainScheduler", "Generators", "Scheduler", "SchedulerOutput", "draw
 
 Generators = torch.Generator | list[torch.Generator]
 
-_BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+_BETAS = {name: name for name in ("linear", "scaled_linear", "sigmoid", "laplace")} | {"squaredcos_cap_v2": "cosine"}
 _TARGETS: dict[str, Target] = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 _LEVELS: dict[str, Levels] = {
     "use_karras_sigmas": "karras",
@@ -438,6 +438,8 @@ class ChainScheduler(Scheduler):
         "HeunDiscreteScheduler",
         "EulerAncestralDiscreteScheduler",
         "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "DEISMultistepScheduler",
         "UniPCMultistepScheduler",
     ]
     init_noise_sigma: Any = 1.0
@@ -454,8 +456,8 @@ class ChainScheduler(Scheduler):
         targets = [name for name in _TARGETS if name != "flow_prediction" or given.get("use_flow_sigmas")]
         if target not in targets:
             raise ValueError(f"prediction_type must be one of {', '.join(targets)}, got {target!r}")
-        if given["timestep_spacing"] not in _SPACINGS:
-            raise ValueError(f"timestep_spacing must be one of {', '.join(_SPACINGS)}, got {given['timestep_spacing']!r}")
+        if self._spacing not in _SPACINGS:
+            raise ValueError(f"timestep_spacing must be one of {', '.join(_SPACINGS)}, got {self._spacing!r}")
         if given["trained_betas"] is not None:
             chain = torch.as_tensor(given["trained_betas"], dtype=torch.float32)
         else:
@@ -471,6 +473,10 @@ class ChainScheduler(Scheduler):
         self._levels_kind()
         self._full_rows: dict[tuple[torch.device, bool], Tensor] = {}
         self._lay_out(range(self._schedule.steps - 1, -1, -1), None, levels=None)
+
+    @property
+    def _spacing(self) -> Any:
+        return self._arguments.get("timestep_spacing", "linspace")
 
     def _target(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return target_rows(_TARGETS[self._arguments["prediction_type"]], alpha, sigma)
@@ -505,7 +511,7 @@ class ChainScheduler(Scheduler):
             self._schedule,
             steps if isinstance(steps, int) else [float(t) for t in steps],
             self.layout,
-            given["timestep_spacing"],
+            self._spacing,
             offset=given.get("steps_offset", 0),
             longest=longest,
             levels=levels,
