@@ -20,9 +20,9 @@ or the same in estimates of the noise or of the slope, so a sampler is a functio
 
 Sources: Ho et al. (2020), algorithm 2; Nichol and Dhariwal (2021), eq. 15; Song et al. (2021), "Denoising diffusion implicit
 models", eq. 12 and 16; Karras et al. (2022), algorithms 1 and 2; Lu et al. (2022), "DPM-Solver" and "DPM-Solver++", algorithm
-1 (single-step), 2 and its SDE form; Song et al. (2021), "Score-based generative modeling through stochastic differential equations", algorithms
-2 to 5; Zhao et al. (2023), "UniPC", algorithms 5 to 8; Lugmayr et al. (2022), "RePaint"; Crowson (2022), k-diffusion
-(ancestral Euler, linear multistep).
+1 (single-step), 2 and its SDE form; Song et al. (2021), "Score-based generative modeling through stochastic differential
+equations", algorithms 2 to 5; Zhao et al. (2023), "UniPC", algorithms 5 to 8; Lugmayr et al. (2022), "RePaint"; Crowson
+(2022), k-diffusion (ancestral Euler, linear multistep).
 """
 
 from __future__ import annotations
@@ -552,8 +552,8 @@ class DPMSolverSinglestep(Sampler):
 
 
 def block_differences(here: Tensor, h: Tensor, step: int, order: int) -> tuple[Tensor, Tensor]:
-    """The line or, at order 3, the parabola through a block's estimates, in the share of the block that is done: weights of these,
-    newest first, in its linear and its quadratic coefficient."""
+    """The line or, at order 3, the parabola through a block's estimates, in the share of the block that is done: weights of
+    these, newest first, in its linear and its quadratic coefficient."""
     start = here[step - order + 1]
     newest = (here[step] - start) / h[step]
     line = torch.tensor([1.0, *[0.0] * (order - 2), -1.0], dtype=torch.float64) / newest

@@ -524,6 +524,7 @@ def test_pipeline_of_a_user(name, tmp_path):
     pipe = FlowPipeline(getattr(diffusers, name)(), None)
     pipe.set_progress_bar_config(disable=True)
     pipe.network = network(pipe.scheduler)
+    config = dict(pipe.scheduler.config)  # a run of upstream's may change it
     expected = pipe(start(), 7, torch.Generator().manual_seed(0))
     theirs, pipe.scheduler = pipe.scheduler, getattr(ours, name).from_config(pipe.scheduler.config)
     assert_alike([pipe(start(), 7, torch.Generator().manual_seed(0))], [expected])
@@ -533,7 +534,7 @@ def test_pipeline_of_a_user(name, tmp_path):
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
     pipe.save_pretrained(tmp_path)
     again = getattr(ours, name).from_pretrained(tmp_path, subfolder="scheduler")
-    assert again.config.items() >= {k: v for k, v in theirs.config.items() if not k.startswith("_") and v}.items()
+    assert again.config.items() >= {k: v for k, v in config.items() if not k.startswith("_") and v}.items()
 
 
 def test_previous_times():
