@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -17,7 +19,7 @@ from benchmarks.machine import describe
 from benchmarks.runner import BACKENDS, FUSED, WRONG, Row, run_workload
 from benchmarks.workload import MODES, SETS, Workload, sweep
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 
 def _choices(text: str, known: Sequence[str], what: str) -> list[str]:
@@ -28,8 +30,43 @@ def _choices(text: str, known: Sequence[str], what: str) -> list[str]:
     return values
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and leaves its usage to ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument ").replace(": must", " must", 1))
+
+
+def _number(kind: type[int] | type[float], least: float) -> Callable[[str], float]:
+    """Reader of a number of at least so much."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = -math.inf
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(
+                f"must be a {'whole ' if kind is int else ''}number of at least {least:g}, got {text!r}"
+            )
+        return value
+
+    return read
+
+
+def _file(text: str) -> Path:
+    """Where a file can be written: said before hours of measuring, not after."""
+    path = Path(text)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"must be a file, got {text!r}, where there is {'a folder' if path.is_dir() else folder}"
+        )
+    return path
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=prog, description=__doc__)
     add = parser.add_argument
     add("--op", nargs="+", action="extend", metavar="NAME", help="only these ops and composites (default: all)")
     add("--backend", metavar="LIST", help=f"some of {','.join(BACKENDS)} (default: all that suit the device)")
@@ -42,12 +79,18 @@ def _parser() -> argparse.ArgumentParser:
         help="storage (default: %(default)s)",
     )
     add("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure (default: %(default)s)")
-    add("--threads", type=int, metavar="N", help="threads (default: PyTorch's)")
-    add("--seconds", type=float, default=2.0, metavar="S", help="time for the rounds of one workload (default: %(default)s)")
-    add("--rounds", type=int, default=7, metavar="N", help="at least so many rounds (default: %(default)s)")
+    add("--threads", type=_number(int, 1), metavar="N", help="threads (default: PyTorch's)")
+    add(
+        "--seconds",
+        type=_number(float, 0),
+        default=2.0,
+        metavar="S",
+        help="time for the rounds of one workload (default: %(default)s)",
+    )
+    add("--rounds", type=_number(int, 1), default=7, metavar="N", help="at least so many rounds (default: %(default)s)")
     add("--base", metavar="REV", help="compare the fused ops with those of another commit, in alternating processes")
     add("--figures", action="store_true", help="only the workloads of the published figures; ends with their table in Markdown")
-    add("--json", type=Path, metavar="FILE", help="write the rows there too")
+    add("--json", type=_file, metavar="FILE", help="write the rows there too")
     return parser
 
 
@@ -112,15 +155,20 @@ def _measure(arguments: argparse.Namespace, workloads: Sequence[Workload], backe
     return 1 if any(row.status.startswith(WRONG) and row.provider != "compile" for row in rows) else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. 0: measured; 1: something failed its parity check and was not timed; 2: bad arguments."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+def run(argv: Sequence[str], prog: str = "python -m benchmarks") -> int:
+    """Measure. 0: done; 1: something failed its parity check and was not timed.
+
+    Args:
+        argv: the options.
+        prog: what the help calls the command.
+
+    Raises:
+        ValueError: for options that cannot be used.
+    """
+    arguments = _parser(prog).parse_args(argv)
     threads = torch.get_num_threads()
     try:
         if arguments.threads is not None:
-            if arguments.threads < 1:
-                raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
             torch.set_num_threads(arguments.threads)
         if arguments.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: this PyTorch sees no GPU")
@@ -138,11 +186,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not workloads:
             raise ValueError("no workload is left: --op, --mode and --size exclude all")
         return _measure(arguments, workloads, backends)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: :func:`run`, and 2 for options that cannot be used, which one line explains."""
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

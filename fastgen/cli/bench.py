@@ -29,4 +29,9 @@ def bench(context: typer.Context) -> None:
         sys.path.insert(0, str(checkout))
     elif not _has_runner():
         raise ModuleNotFoundError("bench needs a source checkout of fastgen: the wheel does not carry benchmarks/")
-    raise typer.Exit(importlib.import_module("benchmarks.__main__").main(list(context.args)) or 0)
+    runner = importlib.import_module("benchmarks.__main__")
+    try:
+        code = runner.run(list(context.args), prog="fastgen bench")
+    except ValueError as error:
+        raise ValueError(str(error)) from error  # said as all that a command line gets wrong
+    raise typer.Exit(code)

@@ -136,7 +136,7 @@ def test_backend_that_cannot_serve_says_why(monkeypatch):
         (["--op", "nothing"], "--op takes some of"),
         (["--mode", "bwd"], "--mode takes some of"),
         (["--backend", "cuda"], "--backend takes some of"),
-        (["--threads", "0"], "--threads must be at least 1"),
+        (["--threads", "0"], "--threads must be a whole number of at least 1"),
         (["--size", "7x7x7"], "no workload is left"),
         (["--base", "no-such-revision"], "git worktree"),
     ],

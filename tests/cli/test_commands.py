@@ -163,13 +163,13 @@ def test_bench_forwards_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
     runner = types.ModuleType("benchmarks.__main__")
     seen: list[list[str]] = []
-    runner.main = lambda argv: seen.append(argv) or 3  # type: ignore[attr-defined]
+    runner.run = lambda argv, prog: seen.append([prog, *argv]) or 3  # type: ignore[attr-defined]
     monkeypatch.setattr(sys, "path", [*sys.path])  # bench adds the checkout
     monkeypatch.setitem(sys.modules, "benchmarks", types.ModuleType("benchmarks"))
     monkeypatch.setitem(sys.modules, "benchmarks.__main__", runner)
     monkeypatch.setattr("fastgen.cli.bench._has_runner", lambda: True)
     assert main(["bench", "--op", "normal", "--help"]) == 3
-    assert seen == [["--op", "normal", "--help"]]
+    assert seen == [["fastgen bench", "--op", "normal", "--help"]]
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

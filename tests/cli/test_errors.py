@@ -90,6 +90,12 @@ CASES = {
     "a picture as data": (["train", "vae", "--data", "grey.png", *TRAIN], ["grey.png", ".npz"]),
     "a picture that is none": (["train", "vae", "--data", "nopicture", *TRAIN], ["nopicture/a.png", "not an image"]),
     "pictures of two sizes": (["train", "vae", "--data", "sizes", *TRAIN], ["sizes/", "set image_size"]),
+    "bench of no number": (["bench", "--seconds", "abc"], ["--seconds must be a number of at least 0, got 'abc'"]),
+    "bench of no rounds": (["bench", "--rounds", "0"], ["--rounds must be a whole number of at least 1, got '0'"]),
+    "bench of an unknown option": (["bench", "--ops", "x", "--opp"], ["--opp"]),
+    "bench of an unknown op": (["bench", "--op", "nromal"], ["--op", "normal", "'nromal'"]),
+    "bench into a folder": (["bench", "--json", "empty"], ["--json must be a file, got 'empty', where there is a folder"]),
+    "bench within a file": (["bench", "--json", "fine.npy/x.json"], ["--json must be a file", "fine.npy"]),
     "a broken shard": (["train", "vae", "--data", "shards", *TRAIN], ["shards/00000004-00000007.npz"]),
 }
 
