@@ -541,6 +541,11 @@ inline void winograd_conv2d(int64_t tile, int64_t samples, int64_t height, int64
   else run((float*)nullptr);
 }
 
-FASTGEN_KERNELS(winograd_conv2d, KERNEL(winograd_conv2d_weight), KERNEL(winograd_conv2d_pairs), KERNEL(winograd_conv2d))
+// Whether pairs are multiplied faster than floats. AVX-512 needs two instructions for them where it does not fuse them, which is
+// no gain; AVX2 too, but has a third port for one of the two.
+inline void winograd_conv2d_pairs_pay(int64_t* answer) { *answer = LANES == 8 || fuses_pairs(); }
+
+FASTGEN_KERNELS(winograd_conv2d, KERNEL(winograd_conv2d_weight), KERNEL(winograd_conv2d_pairs),
+                KERNEL(winograd_conv2d_pairs_pay), KERNEL(winograd_conv2d))
 
 FASTGEN_END

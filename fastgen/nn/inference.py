@@ -33,8 +33,9 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
 
     * Weights in ``dtype``, channels-last; inputs and outputs keep theirs, and so do the time and label embeddings.
     * A CPU that has no bfloat16 arithmetic would have to emulate it, many times slower than float32. There bfloat16 is a wish
-      for fewer bits that is met otherwise: everything is as in float32, but the transformed weights below are kept in float16,
-      half the memory, for an error of a few 1e-3 in all.
+      for fewer bits that is met otherwise: everything is as in float32, but where the CPU multiplies pairs of 16-bit integers
+      (AVX-512 VNNI, AVX2), 3x3 convolutions by minimal filtering round their operands to those, in units of their own, and sum
+      exactly: see :func:`fastgen.ops.winograd_weight`. A layer errs by about 1e-3, less than in bfloat16.
     * On a CPU the weights of convolutions are laid out once for oneDNN instead of at every call, and the residual sum happens
       inside the convolution. In float32 "double the image, then convolve" is one transposed convolution where that is less
       work, and 3x3 convolutions go by minimal filtering (:func:`fastgen.ops.winograd_conv2d`) where that is faster: an error
@@ -52,7 +53,7 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
     device = next(network.parameters()).device
     dtype = fast_dtype(device) if dtype is None else dtype
     emulated = dtype == torch.bfloat16 and device.type == "cpu" and fast_dtype(device) != dtype
-    stored = torch.float16 if emulated else torch.float32
+    products = torch.int16 if emulated and ops.winograd_pairs() else torch.float32
     dtype = torch.float32 if emulated else dtype
     fast = copy.deepcopy(network).eval().requires_grad_(False).to(dtype=dtype)
     for module in fast.modules():
@@ -66,12 +67,12 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
         for name, module in list(fast.named_modules()):
             if isinstance(module, Upsample) and dtype == torch.float32:
-                fast.set_submodule(name, PackedUpsample(module, stored))
+                fast.set_submodule(name, PackedUpsample(module, products))
         _share_projections(fast)
         _keep_freed_memory()
         for name, module in list(fast.named_modules()):
             if type(module) is Conv2d:
-                fast.set_submodule(name, PackedConv2d(module, stored))
+                fast.set_submodule(name, PackedConv2d(module, products))
     return fast
 
 
@@ -130,14 +131,15 @@ def relative_error(fast: nn.Module, network: nn.Module, x: Tensor, time: Tensor,
 
 
 class Filters:
-    """A 3x3 weight of stride 1 and padding 1, transformed for :func:`fastgen.ops.winograd_conv2d` at first use, and kept in
-    ``stored``: float32, or float16 where it can hold it.
+    """A 3x3 weight of stride 1 and padding 1, transformed for :func:`fastgen.ops.winograd_conv2d` at first use.
+
+    Args:
+        products: their dtype, float32 or int16; a weight that is not finite takes float32.
     """
 
-    def __init__(self, weight: Tensor, stored: torch.dtype = torch.float32) -> None:
+    def __init__(self, weight: Tensor, products: torch.dtype = torch.float32) -> None:
         self.weight = weight
-        # transformed, nothing is three times the largest element
-        self.stored = stored if 3 * weight.abs().max() < torch.finfo(stored).max else torch.float32
+        self.products = products if weight.isfinite().all() else torch.float32
         self.transformed: dict[int, ops.WinogradWeight] = {}
 
     def __call__(self, x: Tensor, bias: Tensor, residual: Tensor | None = None, double: bool = False) -> Tensor | None:
@@ -146,7 +148,7 @@ class Filters:
         if tile is None:
             return None
         if tile not in self.transformed:
-            self.transformed[tile] = ops.winograd_weight(self.weight, tile, dtype=self.stored)
+            self.transformed[tile] = ops.winograd_weight(self.weight, tile, dtype=self.products)
         return ops.winograd_conv2d(x, self.transformed[tile], bias, residual, double=double)
 
 
@@ -155,14 +157,14 @@ class PackedConv2d(nn.Module):
     weight in its own layout for the first input it sees. Other input sizes are right too.
     """
 
-    def __init__(self, conv: Conv2d, stored: torch.dtype = torch.float32) -> None:
+    def __init__(self, conv: Conv2d, products: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.in_channels = conv.in_channels
         self.weight = conv.weight.detach()
         self.bias = conv.bias.detach()
         self.stride, self.padding, self.dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
         plain = (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
-        self.filters = Filters(self.weight, stored) if plain else None
+        self.filters = Filters(self.weight, products) if plain else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         if self.filters is not None:
@@ -191,10 +193,10 @@ class PackedUpsample(nn.Module):
 
     pixels = 128
 
-    def __init__(self, upsample: Upsample, stored: torch.dtype = torch.float32) -> None:
+    def __init__(self, upsample: Upsample, products: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.plain = upsample
-        self.filters = Filters(upsample.conv.weight.detach(), stored)
+        self.filters = Filters(upsample.conv.weight.detach(), products)
         self.bias = upsample.conv.bias.detach()
         self.weight: Tensor | None = None
 

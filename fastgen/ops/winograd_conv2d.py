@@ -31,7 +31,14 @@ from torch import Tensor
 from fastgen.ops import _dispatch, _native
 from fastgen.ops._spec import OpSpec
 
-__all__ = ["WinogradWeight", "winograd_conv2d", "winograd_conv2d_reference", "winograd_tile", "winograd_weight"]
+__all__ = [
+    "WinogradWeight",
+    "winograd_conv2d",
+    "winograd_conv2d_reference",
+    "winograd_pairs",
+    "winograd_tile",
+    "winograd_weight",
+]
 
 _BLOCK = 32
 """Output channels that are packed together."""
@@ -188,6 +195,15 @@ class _WinogradConv2d(torch.autograd.Function):
             shared = len(ctx.bias_shape) == 1 or ctx.bias_shape[0] == 1
             grad_bias = own.sum((0, 2, 3) if shared else (2, 3)).reshape(ctx.bias_shape)
         return grad_x, grad_weight, grad_bias, grad_y if wanted[3] else None, None, None
+
+
+def winograd_pairs() -> bool:
+    """Whether this CPU multiplies pairs of 16-bit integers faster than floats, which transformed weights in int16 are for."""
+    if not _native.ready():
+        return False
+    answer = torch.zeros(1, dtype=torch.int64)
+    _native.kernel("winograd_conv2d_pairs_pay")(answer)
+    return bool(answer)
 
 
 def winograd_tile(x: Tensor, outputs: int, *, double: bool = False) -> Tile | None:
