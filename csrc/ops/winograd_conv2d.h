@@ -1,7 +1,8 @@
-// winograd_conv2d: a 3x3 convolution of stride 1 and padding 1 on channels-last images, by minimal filtering.
+// winograd_conv2d: a 3x3 convolution of stride 1 and padding 1 on channels-last images, by minimal filtering; and a 1x1
+// convolution, for which there is nothing to transform.
 // fastgen/ops/winograd_conv2d.py has the mathematics.
 //
-// The image is cut into tiles of M x M outputs, each read from a patch of N x N = (M + 2)^2 inputs. Transformed, patches are
+// The image is cut into tiles of M x M outputs, each read from a patch of N x N = (M + 2)^2 inputs, or M = N = 1. Transformed, patches are
 // V[N * N][tile][input channel] and weights U[N * N][block][input channel][BLOCK output channels], so that the convolution is
 // N * N matrix products. They go by register blocks of ROWS tiles x COLUMNS vectors of output channels, a chunk of output
 // channels at a time, whose products M[N * N][tile][CHUNK] stay in L2 until they are transformed back. What differs between
@@ -85,6 +86,16 @@ struct Minimal<2> {
     const double w0 = w[0], w1 = w[step], w2 = w[2 * step];
     out[0] = w0, out[1] = (w0 + w1 + w2) / 2, out[2] = (w0 - w1 + w2) / 2, out[3] = w2;
   }
+};
+
+// F(1x1, 1x1).
+template <>
+struct Minimal<1> {
+  static constexpr int N = 1;
+  static constexpr float NORMS[N] = {1.0f};
+  static INLINE void patch(const vf* d, int, vf* out) { out[0] = d[0]; }
+  static INLINE void result(const vf* m, int, vf* out) { out[0] = m[0]; }
+  static INLINE void weight(const double* w, int, double* out) { out[0] = w[0]; }
 };
 
 // Brings the line of p into L1, to be read or to be written.
@@ -235,7 +246,7 @@ inline Scratch& common_scratch() {  // of a call
 // Images, their tiles, and the buffers that a call works on. Word: what products take, a float or a Pair.
 template <int M, class Word>
 struct Convolution {
-  static constexpr int N = Minimal<M>::N;
+  static constexpr int N = Minimal<M>::N, PADDING = (N - M) / 2;
   int64_t height, width, inputs, outputs, doubled;
   const float* x;
   const Word* packed;
@@ -262,6 +273,7 @@ struct Convolution {
     int64_t sample, top, left;
   };
   INLINE Place place(int64_t tile) const {
+    if (tile < across) return {0, 0, tile * M};  // divisions would take as long as a 1x1 convolution of a pixel
     return {tile / (down * across), tile / across % down * M, tile % across * M};
   }
 
@@ -280,11 +292,15 @@ struct Convolution {
           const vf d = block_load(pixel[i * N + j] + c, n) * factor;
           total[j] = fma(d, d, total[j]);
         }
-      const vf own = N == 6 ? total[0] + total[1] + (total[2] + total[3]) + (total[N - 2] + total[N - 1])
-                            : total[0] + total[1] + (total[2] + total[3]);
+      vf own = total[0];
+      for (int j = 1; j < N; ++j) own += total[j];
       all += own, most = larger(most, own);
     });
-    return {sum(all), -minimum(-most)};
+    float lane[LANES];
+    store(lane, most);
+    for (int width = LANES / 2; width; width /= 2)
+      for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+    return {sum(all), lane[0]};
   }
   // The unit of the integers of a tile; NaN where something in its patch is not finite.
   INLINE float unit_of(const float* const* pixel) const {
@@ -306,7 +322,7 @@ struct Convolution {
     const float* pixel[N * N];
     for (int64_t i = 0; i < N; ++i)
       for (int64_t j = 0; j < N; ++j) {
-        const int64_t row = at.top + i - 1, column = at.left + j - 1;
+        const int64_t row = at.top + i - PADDING, column = at.left + j - PADDING;
         const bool inside = row >= 0 && row < height && column >= 0 && column < width;
         const int64_t index = (at.sample * rows + (row >> shift)) * columns + (column >> shift);
         pixel[i * N + j] = inside ? x + index * inputs : zeros;
@@ -321,8 +337,8 @@ struct Convolution {
       }
     }
     const Place next = place(tile + 1);  // of its pixels, those that this tile does not read
-    const float* later =
-        x + ((next.sample * rows + ((next.top - 1) >> shift)) * columns + ((next.left + 1) >> shift)) * inputs;
+    const int64_t above = (next.top - PADDING) >> shift, beside = (next.left + PADDING) >> shift;
+    const float* later = x + ((next.sample * rows + above) * columns + beside) * inputs;
     for_blocks(inputs, [&](int64_t c, int64_t n) {
       for (int64_t i = 0; i < N >> shift && c % 16 == 0; ++i)
         for (int64_t j = 0; j < M >> shift; ++j) prefetch_near(later + (i * columns + j) * inputs + c);
@@ -458,23 +474,23 @@ struct Convolution {
   }
 };
 
-// weight [outputs, inputs, 3, 3] -> packed [N * N][blocks][inputs][BLOCK], in float64 and rounded once.
+// weight [outputs, inputs, K, K] -> packed [N * N][blocks][inputs][BLOCK], in float64 and rounded once.
 template <int M>
 INLINE void winograd_weight_as(int64_t outputs, int64_t inputs, const float* weight, float* packed, int64_t threads) {
-  constexpr int N = Minimal<M>::N;
+  constexpr int N = Minimal<M>::N, K = N - M + 1;
   const int64_t blocks = ceil_div(outputs, BLOCK);
   parallel_for(blocks * inputs, outputs * inputs * N * N < SERIAL ? 1 : threads, [&](int64_t task) {
     const int64_t block = task / inputs, c = task % inputs;
     for (int64_t o = 0; o < BLOCK; ++o) {
       const int64_t output = block * BLOCK + o;
-      double w[9] = {}, half[3 * N], line[N];
-      for (int i = 0; i < 9 && output < outputs; ++i) w[i] = (double)weight[(output * inputs + c) * 9 + i];
-      for (int j = 0; j < 3; ++j) {
-        Minimal<M>::weight(w + j, 3, line);
-        for (int i = 0; i < N; ++i) half[i * 3 + j] = line[i];
+      double w[K * K] = {}, half[K * N], line[N];
+      for (int i = 0; i < K * K && output < outputs; ++i) w[i] = (double)weight[(output * inputs + c) * K * K + i];
+      for (int j = 0; j < K; ++j) {
+        Minimal<M>::weight(w + j, K, line);
+        for (int i = 0; i < N; ++i) half[i * K + j] = line[i];
       }
       for (int i = 0; i < N; ++i) {
-        Minimal<M>::weight(half + i * 3, 1, line);
+        Minimal<M>::weight(half + i * K, 1, line);
         for (int j = 0; j < N; ++j) packed[(((i * N + j) * blocks + block) * inputs + c) * BLOCK + o] = (float)line[j];
       }
     }
@@ -483,7 +499,8 @@ INLINE void winograd_weight_as(int64_t outputs, int64_t inputs, const float* wei
 
 inline void winograd_conv2d_weight(int64_t tile, int64_t outputs, int64_t inputs, const float* weight, float* packed,
                                    int64_t threads) {
-  if (tile == 2) winograd_weight_as<2>(outputs, inputs, weight, packed, threads);
+  if (tile == 1) winograd_weight_as<1>(outputs, inputs, weight, packed, threads);
+  else if (tile == 2) winograd_weight_as<2>(outputs, inputs, weight, packed, threads);
   else winograd_weight_as<4>(outputs, inputs, weight, packed, threads);
 }
 
@@ -518,7 +535,8 @@ INLINE void winograd_pairs_of(int64_t outputs, int64_t inputs, const float* pack
 
 inline void winograd_conv2d_pairs(int64_t tile, int64_t outputs, int64_t inputs, const float* packed, void* pairs,
                                   float* scale, int64_t threads) {
-  if (tile == 2) winograd_pairs_of<2>(outputs, inputs, packed, (Pair*)pairs, scale, threads);
+  if (tile == 1) winograd_pairs_of<1>(outputs, inputs, packed, (Pair*)pairs, scale, threads);
+  else if (tile == 2) winograd_pairs_of<2>(outputs, inputs, packed, (Pair*)pairs, scale, threads);
   else winograd_pairs_of<4>(outputs, inputs, packed, (Pair*)pairs, scale, threads);
 }
 
@@ -527,15 +545,19 @@ inline void winograd_conv2d_pairs(int64_t tile, int64_t outputs, int64_t inputs,
 inline void winograd_conv2d(int64_t tile, int64_t samples, int64_t height, int64_t width, int64_t inputs, int64_t outputs,
                             int64_t doubled, const float* x, const void* packed, const float* scale, const float* bias,
                             int64_t bias_step, const float* residual, float* y, int64_t threads) {
+  if (tile == 1 && !doubled && bias_step == 0) {  // nothing but a row of pixels
+    width *= samples * height;
+    samples = height = 1;
+  }
   const auto run = [&](auto* words) {
     using Word = typename Pointee<decltype(words)>::type;
     const Word* u = (const Word*)packed;
-    if (tile == 2)
-      Convolution<2, Word>(height, width, inputs, outputs, doubled, x, u, scale, bias, bias_step, residual, y)
-          .run(samples, threads);
-    else
-      Convolution<4, Word>(height, width, inputs, outputs, doubled, x, u, scale, bias, bias_step, residual, y)
-          .run(samples, threads);
+    const auto go = [&](auto convolution) { convolution.run(samples, threads); };
+    if (tile == 1)
+      go(Convolution<1, Word>(height, width, inputs, outputs, doubled, x, u, scale, bias, bias_step, residual, y));
+    else if (tile == 2)
+      go(Convolution<2, Word>(height, width, inputs, outputs, doubled, x, u, scale, bias, bias_step, residual, y));
+    else go(Convolution<4, Word>(height, width, inputs, outputs, doubled, x, u, scale, bias, bias_step, residual, y));
   };
   if (scale) run((Pair*)nullptr);
   else run((float*)nullptr);

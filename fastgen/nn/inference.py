@@ -73,6 +73,8 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
         for name, module in list(fast.named_modules()):
             if type(module) is Conv2d:
                 fast.set_submodule(name, PackedConv2d(module, products))
+            elif type(module) is nn.Linear and products is torch.int16 and not isinstance(module, Conditioning):
+                fast.set_submodule(name, PackedLinear(module, products))
     return fast
 
 
@@ -131,7 +133,8 @@ def relative_error(fast: nn.Module, network: nn.Module, x: Tensor, time: Tensor,
 
 
 class Filters:
-    """A 3x3 weight of stride 1 and padding 1, transformed for :func:`fastgen.ops.winograd_conv2d` at first use.
+    """A weight of stride 1 laid out for :func:`fastgen.ops.winograd_conv2d` at first use: 3x3 with padding 1, or, for products
+    of integers, 1x1.
 
     Args:
         products: their dtype, float32 or int16; a weight that is not finite takes float32.
@@ -144,12 +147,31 @@ class Filters:
 
     def __call__(self, x: Tensor, bias: Tensor, residual: Tensor | None = None, double: bool = False) -> Tensor | None:
         """The convolution; None where a plain one is faster."""
-        tile = ops.winograd_tile(x, self.weight.shape[0], double=double)
+        tile = ops.winograd_tile(x, self.weight.shape[0], double=double) if self.weight.shape[-1] == 3 else self._one(x)
         if tile is None:
             return None
         if tile not in self.transformed:
-            self.transformed[tile] = ops.winograd_weight(self.weight, tile, dtype=self.products)
+            self.transformed[tile] = ops.winograd_weight(self.weight, 2 if tile == 2 else 4, dtype=self.products)
         return ops.winograd_conv2d(x, self.transformed[tile], bias, residual, double=double)
+
+    def _one(self, x: Tensor) -> int | None:
+        few = min(self.weight.shape[:2]) < 128 or x.numel() < 64 * x.shape[1]
+        return None if few or self.products is torch.float32 or x.dtype is not torch.float32 else 1
+
+
+class PackedLinear(nn.Module):
+    """A linear map with products of integers, where there are rows enough; its rows are pixels of a 1x1 convolution."""
+
+    def __init__(self, linear: nn.Linear, products: torch.dtype) -> None:
+        super().__init__()
+        self.weight = linear.weight.detach()
+        self.bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        self.filters = Filters(self.weight[:, :, None, None], products)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.filters(rows.t()[None, :, None], self.bias)
+        return F.linear(x, self.weight, self.bias) if y is None else y[0, :, 0].t().reshape(*x.shape[:-1], -1)
 
 
 class PackedConv2d(nn.Module):
@@ -163,8 +185,9 @@ class PackedConv2d(nn.Module):
         self.weight = conv.weight.detach()
         self.bias = conv.bias.detach()
         self.stride, self.padding, self.dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
-        plain = (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
-        self.filters = Filters(self.weight, products) if plain else None
+        where = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        three, one = (((k, k), (1, 1), (k // 2, k // 2), (1, 1)) for k in (3, 1))
+        self.filters = Filters(self.weight, products) if where in (three, one) else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         if self.filters is not None:

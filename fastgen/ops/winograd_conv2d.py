@@ -50,9 +50,10 @@ class WinogradWeight(NamedTuple):
     """A weight that :func:`winograd_weight` has transformed."""
 
     packed: Tensor
-    """float32 [(tile + 2)^2, blocks of 32 output channels, input channels, 32], or int16 [.., pairs of input channels, 32, 2]."""
+    """float32 [F, blocks of 32 output channels, input channels, 32], or int16 [F, blocks, pairs of input channels, 32, 2];
+    F = (tile + 2)^2, or 1 of a 1x1 filter."""
     scale: Tensor | None
-    """What the integers count: float32 [(tile + 2)^2, blocks, 32]. None where there are none."""
+    """What the integers count: float32 [F, blocks, 32]. None where there are none."""
     outputs: int
     inputs: int
     tile: int
@@ -95,16 +96,18 @@ def _checked(x: Tensor, outputs: int, inputs: int, bias: Tensor | None, residual
             raise TypeError(f"{name} must be {x.dtype} on {x.device} like x, got {value.dtype} on {value.device}")
 
 
-def _checked_weight(weight: Tensor, tile: int) -> None:
-    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[2:] != (3, 3) or not weight.shape[0]:
-        raise ValueError(f"weight must have shape [O, C, 3, 3], got {list(getattr(weight, 'shape', ()))}")
+def _checked_weight(weight: Tensor, tile: int, sides: tuple[int, ...] = (3,)) -> None:
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or not weight.shape[0] or weight.shape[2:] not in {(k, k) for k in sides}:
+        wanted = " or ".join(f"[O, C, {k}, {k}]" for k in sides)
+        raise ValueError(f"weight must have shape {wanted}, got {list(getattr(weight, 'shape', ()))}")
     if tile not in (2, 4):
         raise ValueError(f"tile must be 2 or 4, got {tile}")
 
 
 def _packed_like(weight: Tensor, tile: int) -> Tensor:
     outputs, inputs = weight.shape[:2]
-    return weight.new_empty((tile + 2) ** 2, -(-outputs // _BLOCK), inputs, _BLOCK)
+    frequencies = 1 if tile == 1 else (tile + 2) ** 2
+    return weight.new_empty(frequencies, -(-outputs // _BLOCK), inputs, _BLOCK)
 
 
 def _transform(weight: Tensor, tile: int) -> Tensor:
@@ -237,7 +240,7 @@ def winograd_weight(weight: Tensor, tile: Tile = 4, *, dtype: torch.dtype = torc
     """Transforms a weight once for many calls of :func:`winograd_conv2d` that need no gradients.
 
     Args:
-        weight: [O, C, 3, 3], float32 on a CPU with kernels.
+        weight: [O, C, 3, 3], or [O, C, 1, 1], which has no tiles and pads nothing; float32 on a CPU with kernels.
         tile: outputs per side of a tile. 4 multiplies least; 2 rounds less, and reads 16 numbers a filter instead of 36.
         dtype: of the products. torch.int16 rounds patches and transformed weights to 16 bits, each tile and each frequency of
             an output channel in its own unit, and sums the products exactly; images and results stay float32. A layer errs by
@@ -247,16 +250,17 @@ def winograd_weight(weight: Tensor, tile: Tile = 4, *, dtype: torch.dtype = torc
     Raises:
         ValueError: where there are no kernels for it; for another dtype; of int16 for a weight that is not finite.
     """
-    _checked_weight(weight, tile)
+    _checked_weight(weight, tile, (3, 1))
     if dtype not in (torch.float32, torch.int16):
         raise ValueError(f"dtype must be torch.float32 or torch.int16, got {dtype}")
     _dispatch.choose(SPEC, "cpp", weight)
-    packed, scale = _transformed(weight.detach().contiguous(), tile), None
+    size = tile if weight.shape[-1] == 3 else 1
+    packed, scale = _transformed(weight.detach().contiguous(), size), None
     if dtype is torch.int16:
         if not packed.isfinite().all():
             raise ValueError("weight must be finite for torch.int16")
-        packed, scale = _pair(packed, tile, weight.shape[0])
-    return WinogradWeight(packed, scale, weight.shape[0], weight.shape[1], tile)
+        packed, scale = _pair(packed, size, weight.shape[0])
+    return WinogradWeight(packed, scale, weight.shape[0], weight.shape[1], size)
 
 
 def winograd_conv2d(
