@@ -33,9 +33,11 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
 
     * Weights in ``dtype``, channels-last; inputs and outputs keep theirs, and so do the time and label embeddings.
     * A CPU that has no bfloat16 arithmetic would have to emulate it, many times slower than float32. There bfloat16 is a wish
-      for fewer bits that is met otherwise: everything is as in float32, but where the CPU multiplies pairs of 16-bit integers
-      (AVX-512 VNNI, AVX2), 3x3 convolutions by minimal filtering round their operands to those, in units of their own, and sum
-      exactly: see :func:`fastgen.ops.winograd_weight`. A layer errs by about 1e-3, less than in bfloat16.
+      for fewer bits that is met otherwise: no bfloat16 is computed with; where the CPU multiplies pairs of 16-bit integers
+      (AVX-512 VNNI, AVX2), wide linear maps and convolutions by minimal filtering or of 1x1 round their operands to such
+      integers, each tile of an image and each output channel in a unit of its own, and sum exactly. All between them is
+      float32. A layer errs by 2e-4 to 2e-3, less than in bfloat16: see :func:`fastgen.ops.winograd_weight`. On other CPUs it is
+      float32 altogether.
     * On a CPU the weights of convolutions are laid out once for oneDNN instead of at every call, and the residual sum happens
       inside the convolution. In float32 "double the image, then convolve" is one transposed convolution where that is less
       work, and 3x3 convolutions go by minimal filtering (:func:`fastgen.ops.winograd_conv2d`) where that is faster: an error
@@ -70,10 +72,11 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
                 fast.set_submodule(name, PackedUpsample(module, products))
         _share_projections(fast)
         _keep_freed_memory()
+        told = {own for module in fast.modules() if isinstance(module, Conditioning) for own in module.modules()}
         for name, module in list(fast.named_modules()):
             if type(module) is Conv2d:
                 fast.set_submodule(name, PackedConv2d(module, products))
-            elif type(module) is nn.Linear and products is torch.int16 and not isinstance(module, Conditioning):
+            elif type(module) is nn.Linear and products is torch.int16 and module not in told:
                 fast.set_submodule(name, PackedLinear(module, products))
     return fast
 
@@ -155,12 +158,12 @@ class Filters:
         return ops.winograd_conv2d(x, self.transformed[tile], bias, residual, double=double)
 
     def _one(self, x: Tensor) -> int | None:
-        few = min(self.weight.shape[:2]) < 128 or x.numel() < 64 * x.shape[1]
+        few = min(self.weight.shape[:2]) < 64 or x.numel() < 64 * x.shape[1]  # measured with 32 to 512 channels
         return None if few or self.products is torch.float32 or x.dtype is not torch.float32 else 1
 
 
 class PackedLinear(nn.Module):
-    """A linear map with products of integers, where there are rows enough; its rows are pixels of a 1x1 convolution."""
+    """A linear map with products of integers where there are rows enough: they are the pixels of a 1x1 convolution."""
 
     def __init__(self, linear: nn.Linear, products: torch.dtype) -> None:
         super().__init__()

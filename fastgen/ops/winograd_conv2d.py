@@ -97,9 +97,10 @@ def _checked(x: Tensor, outputs: int, inputs: int, bias: Tensor | None, residual
 
 
 def _checked_weight(weight: Tensor, tile: int, sides: tuple[int, ...] = (3,)) -> None:
-    if not isinstance(weight, Tensor) or weight.dim() != 4 or not weight.shape[0] or weight.shape[2:] not in {(k, k) for k in sides}:
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+    if len(shape) != 4 or not shape[0] or shape[2:] not in {(k, k) for k in sides}:
         wanted = " or ".join(f"[O, C, {k}, {k}]" for k in sides)
-        raise ValueError(f"weight must have shape {wanted}, got {list(getattr(weight, 'shape', ()))}")
+        raise ValueError(f"weight must have shape {wanted}, got {list(shape)}")
     if tile not in (2, 4):
         raise ValueError(f"tile must be 2 or 4, got {tile}")
 
