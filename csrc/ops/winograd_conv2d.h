@@ -1,11 +1,18 @@
-// winograd_conv2d: a 3x3 convolution of stride 1 and padding 1 on channels-last images, by minimal filtering.
+// winograd_conv2d: a 3x3 convolution of stride 1 and padding 1 on channels-last images, by minimal filtering; and a 1x1
+// convolution, for which there is nothing to transform.
 // fastgen/ops/winograd_conv2d.py has the mathematics.
 //
-// The image is cut into tiles of M x M outputs, each read from a patch of N x N = (M + 2)^2 inputs. Transformed, patches are
+// The image is cut into tiles of M x M outputs, each read from a patch of N x N = (M + 2)^2 inputs, or M = N = 1. Transformed, patches are
 // V[N * N][tile][input channel] and weights U[N * N][block][input channel][BLOCK output channels], so that the convolution is
 // N * N matrix products. They go by register blocks of ROWS tiles x COLUMNS vectors of output channels, a chunk of output
 // channels at a time, whose products M[N * N][tile][CHUNK] stay in L2 until they are transformed back. What differs between
 // calls of different thread counts is who computes a block, not how.
+//
+// The products may be those of integers: patches and weights in 16 bits, two channels to a word, and sums of 32 bits. A tile has
+// one unit for all its integers, and a weight one for each frequency and output channel. They are chosen so that no sum
+// overflows, whatever the order and the depth: by Cauchy and Schwarz it is at most the product of the two norms over the
+// channels, for which there are PATCH_NORM and WEIGHT_NORM. The norm of a transformed patch is no larger than that of the patch
+// times that of a row of the transformation, and so is bounded before there is anything to round.
 #pragma once
 #include "../parallel.h"
 #include "../unit.h"
@@ -34,6 +41,7 @@ template <int M>
 struct Minimal {
   static constexpr int N = 6;
   static constexpr float A = 0.625f, B = 1.5f, A2 = A * A, B2 = B * B;
+  static constexpr float NORMS[N] = {2.9588f, 2.9031f, 2.9031f, 1.9353f, 1.9353f, 2.9588f};  // of the rows of `patch`
   static INLINE void patch(const vf* d, int step, vf* out) {
     const vf d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
     const vf even_a = fma(d2, splat(-B2), d4), odd_a = fma(d1, splat(-B2), d3) * A;
@@ -65,6 +73,7 @@ struct Minimal {
 template <>
 struct Minimal<2> {
   static constexpr int N = 4;
+  static constexpr float NORMS[N] = {1.4143f, 1.4143f, 1.4143f, 1.4143f};
   static INLINE void patch(const vf* d, int step, vf* out) {
     const vf d1 = d[step], d2 = d[2 * step];
     out[0] = d[0] - d2, out[1] = d2 + d1, out[2] = d2 - d1, out[3] = d[3 * step] - d1;
@@ -79,33 +88,99 @@ struct Minimal<2> {
   }
 };
 
+// F(1x1, 1x1).
+template <>
+struct Minimal<1> {
+  static constexpr int N = 1;
+  static constexpr float NORMS[N] = {1.0f};
+  static INLINE void patch(const vf* d, int, vf* out) { out[0] = d[0]; }
+  static INLINE void result(const vf* m, int, vf* out) { out[0] = m[0]; }
+  static INLINE void weight(const double* w, int, double* out) { out[0] = w[0]; }
+};
+
 // Brings the line of p into L1, to be read or to be written.
 INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
+// Two channels in a word.
+struct Pair {
+  int16_t even, odd;
+};
+template <class Word>
+constexpr bool PAIRED = false;
+template <>
+constexpr bool PAIRED<Pair> = true;
+
+// Whether some CPUs of this instruction set multiply pairs and add the products in one instruction; a unit must ask. Clang's
+// assembler does not know it here.
+#ifndef FASTGEN_FUSED_PAIRS
+#if defined(__AVX512F__) && !defined(__clang__)
+#define FASTGEN_FUSED_PAIRS 1
+#else
+#define FASTGEN_FUSED_PAIRS 0
+#endif
+#endif
+INLINE bool fuses_pairs() {
+#if FASTGEN_FUSED_PAIRS
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+// Products of a word with a vector of words, summed.
+template <class Word, bool Fused>
+struct Sum {
+  using Vector = vf;
+  static INLINE vf spread(float word) { return splat(word); }
+  static INLINE vf add(vf a, vf b, vf sum) { return fma(a, b, sum); }
+};
+template <bool Fused>
+struct Sum<Pair, Fused> {
+  using Vector = vi;
+  static INLINE vi spread(Pair word) { return splat_i(bits<int32_t>(word)); }
+  static INLINE vi add(vi a, vi b, vi sum) {
+#if FASTGEN_FUSED_PAIRS
+    if constexpr (Fused) {
+      asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+      return sum;
+    }
+#endif
+#if defined(__AVX512F__)
+    return (vi)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16((__m512i)a, (__m512i)b));
+#elif defined(__AVX2__)
+    return (vi)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)a, (__m256i)b));
+#else
+    const vi even = (bits<vi>(bits<vu>(a) << 16) >> 16) * (bits<vi>(bits<vu>(b) << 16) >> 16), odd = (a >> 16) * (b >> 16);
+    return bits<vi>(bits<vu>(sum) + bits<vu>(even) + bits<vu>(odd));
+#endif
+  }
+};
+
 // What a register block fetches while it computes, a line of each for every step: rows of the next register block, which no
 // hardware recognises as a stream, and the next block of weights.
 struct Ahead {
-  const float* rows;
-  const char* weights;
+  const char *rows, *weights;
 };
 
-// R rows of a, `pitch` floats apart, times a block of weights [depth][BLOCK], from a column of it on.
-template <int R, class U>
-INLINE void product_block(int64_t depth, const float* a, int64_t pitch, const U* u, float* m, Ahead ahead) {
-  vf total[R][COLUMNS] = {};
+// R rows of a, `pitch` words apart, times a block of weights [depth][BLOCK], from a column of it on.
+template <int R, bool Fused, class Word>
+INLINE void product_block(int64_t depth, const Word* a, int64_t pitch, const Word* u, float* m, Ahead ahead) {
+  using Terms = Sum<Word, Fused>;
+  using Vector = typename Terms::Vector;
+  Vector total[R][COLUMNS] = {};
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
-    vf line[COLUMNS];
+    Vector line[COLUMNS];
 #pragma GCC unroll 4
-    for (int v = 0; v < COLUMNS; ++v) line[v] = load_float(u + k * BLOCK + v * LANES);
-    prefetch_near(ahead.rows + k * 16);
+    for (int v = 0; v < COLUMNS; ++v) line[v] = load<Vector>(u + k * BLOCK + v * LANES);
+    prefetch_near(ahead.rows + k * 64);
     prefetch(ahead.weights + k * 64);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const vf factor = splat(a[r * pitch + k]);
+      const Vector factor = Terms::spread(a[r * pitch + k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < COLUMNS; ++v) total[r][v] = fma(factor, line[v], total[r][v]);
+      for (int v = 0; v < COLUMNS; ++v) total[r][v] = Terms::add(factor, line[v], total[r][v]);
     }
   }
 #pragma GCC unroll 16
@@ -114,19 +189,35 @@ INLINE void product_block(int64_t depth, const float* a, int64_t pitch, const U*
     for (int v = 0; v < COLUMNS; ++v) store(m + r * CHUNK + v * LANES, total[r][v]);
 }
 
-template <int R>
+template <int R, bool Fused>
 struct Product {
-  template <class U>
-  static void run(int64_t rows, int64_t depth, const float* a, int64_t pitch, const U* u, float* m, Ahead ahead) {
-    if (rows < R) return Product<R - 1>::run(rows, depth, a, pitch, u, m, ahead);
-    for (int64_t c = 0; c < BLOCK; c += COLUMNS * LANES) product_block<R>(depth, a, pitch, u + c, m + c, ahead);
+  template <class Word>
+  static void run(int64_t rows, int64_t depth, const Word* a, int64_t pitch, const Word* u, float* m, Ahead ahead) {
+    if (rows < R) return Product<R - 1, Fused>::run(rows, depth, a, pitch, u, m, ahead);
+    for (int64_t c = 0; c < BLOCK; c += COLUMNS * LANES) product_block<R, Fused>(depth, a, pitch, u + c, m + c, ahead);
   }
 };
-template <>
-struct Product<0> {
-  template <class U>
-  static void run(int64_t, int64_t, const float*, int64_t, const U*, float*, Ahead) {}
+template <bool Fused>
+struct Product<0, Fused> {
+  template <class Word>
+  static void run(int64_t, int64_t, const Word*, int64_t, const Word*, float*, Ahead) {}
 };
+
+// The largest norms over `inputs` channels, before rounding, that keep sums of products below 2^31, and the largest integer;
+// each with a margin for the rounding of what they are computed from.
+INLINE double patch_norm(int64_t inputs) { return 131072 - 64 - __builtin_sqrt((double)inputs) / 2; }
+INLINE double weight_norm(int64_t inputs) { return 16384 - 1 - __builtin_sqrt((double)inputs) / 2; }
+constexpr float LARGEST = 32760.0f;
+
+// Stores x, rounded to 16 bits and to even: the sum's mantissa is the integer.
+INLINE void store_rounded(int16_t* p, vf x, vf factor) {
+  const vu word = bits<vu>(fma(x, factor, splat(12582912.0f)));
+#ifdef FASTGEN_ONE_LANE
+  *p = (int16_t)word;
+#else
+  store(p, __builtin_convertvector(word, vh));
+#endif
+}
 
 // Memory that a thread keeps between calls, since fresh pages would cost as much as the transformations that are written to
 // them; its vectors lie in a line of cache each.
@@ -152,26 +243,29 @@ inline Scratch& common_scratch() {  // of a call
   return scratch;
 }
 
-// Images, their tiles, and the buffers that a call works on. U: what transformed weights are stored as.
-template <int M, class U>
+// Images, their tiles, and the buffers that a call works on. Word: what products take, a float or a Pair.
+template <int M, class Word>
 struct Convolution {
-  static constexpr int N = Minimal<M>::N;
+  static constexpr int N = Minimal<M>::N, PADDING = (N - M) / 2;
   int64_t height, width, inputs, outputs, doubled;
   const float* x;
-  const U* packed;
+  const Word* packed;
+  const float* scale;  // of pairs: the unit of the products of each frequency and output channel, for a tile of unit 1
   const float* bias;
   int64_t bias_step;  // from sample to sample; 0: one bias for all
   const float* residual;
   float* y;
-  int64_t down, across, pitch, blocks;
+  int64_t down, across, depth, pitch, blocks;
 
   Convolution(int64_t height_, int64_t width_, int64_t inputs_, int64_t outputs_, int64_t doubled_, const float* x_,
-              const U* packed_, const float* bias_, int64_t bias_step_, const float* residual_, float* y_)
+              const Word* packed_, const float* scale_, const float* bias_, int64_t bias_step_, const float* residual_,
+              float* y_)
       : height(height_), width(width_), inputs(inputs_), outputs(outputs_), doubled(doubled_), x(x_), packed(packed_),
-        bias(bias_), bias_step(bias_step_), residual(residual_), y(y_), down(ceil_div(height_, M)),
-        across(ceil_div(width_, M)), pitch(ceil_div(inputs_, 16) * 16), blocks(ceil_div(outputs_, BLOCK)) {}
+        scale(scale_), bias(bias_), bias_step(bias_step_), residual(residual_), y(y_),
+        down(ceil_div(height_, M)), across(ceil_div(width_, M)), depth(PAIRED<Word> ? ceil_div(inputs_, 2) : inputs_),
+        pitch(ceil_div(depth, 16) * 16), blocks(ceil_div(outputs_, BLOCK)) {}
 
-  // Floats from one of the N * N matrices of transformed patches to the next.
+  // Words from one of the N * N matrices of transformed patches to the next.
   INLINE int64_t patch_step(int64_t tiles) const { return tiles * pitch + SKEW; }
   static constexpr int64_t result_step = TILES * CHUNK + SKEW;
 
@@ -179,24 +273,72 @@ struct Convolution {
     int64_t sample, top, left;
   };
   INLINE Place place(int64_t tile) const {
+    if (tile < across) return {0, 0, tile * M};  // divisions would take as long as a 1x1 convolution of a pixel
     return {tile / (down * across), tile / across % down * M, tile % across * M};
   }
 
-  // Transforms the patch of one tile: v[i * step + c] for the N * N frequencies i. Outside of the image it reads `zeros`.
-  INLINE void transform(int64_t tile, const float* zeros, float* v, int64_t step) const {
+  // Sums over a patch of the squares of its elements times `factor`: all, and the largest of a channel.
+  struct Squares {
+    float all, most;
+  };
+  Squares squares(const float* const* pixel, float factor) const {
+    vf all{}, most{};
+    for_blocks(inputs, [&](int64_t c, int64_t n) {
+      vf total[N] = {};
+#pragma GCC unroll 6
+      for (int i = 0; i < N; ++i)
+#pragma GCC unroll 6
+        for (int j = 0; j < N; ++j) {
+          const vf d = block_load(pixel[i * N + j] + c, n) * factor;
+          total[j] = fma(d, d, total[j]);
+        }
+      vf own = total[0];
+      for (int j = 1; j < N; ++j) own += total[j];
+      all += own, most = larger(most, own);
+    });
+    float lane[LANES];
+    store(lane, most);
+    for (int width = LANES / 2; width; width /= 2)
+      for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+    return {sum(all), lane[0]};
+  }
+  // The unit of the integers of a tile; NaN where something in its patch is not finite.
+  INLINE float unit_of(const float* const* pixel) const {
+    constexpr float LEAST = 4e-23f, SHRINK = 0x1p-64f;  // of smaller elements the squares may vanish, of large ones overflow
+    const auto unit = [&](Squares s) {
+      const float norm = __builtin_sqrtf(s.all) / (float)patch_norm(inputs), peak = __builtin_sqrtf(s.most) / LARGEST;
+      return norm > peak ? norm : peak;
+    };
+    const Squares plain = squares(pixel, 1.0f);
+    if (plain.all <= 3e38f) return unit(plain) > LEAST ? unit(plain) : LEAST;
+    const Squares shrunk = squares(pixel, SHRINK);
+    return shrunk.all <= 3e38f ? unit(shrunk) / SHRINK : __builtin_nanf("");
+  }
+
+  // Transforms the patch of one tile: v[i * step] for the N * N frequencies i, and its unit. Outside of the image it reads `zeros`.
+  INLINE void transform(int64_t tile, const float* zeros, Word* v, int64_t step, float* unit) const {
     const Place at = place(tile);
     const int64_t shift = doubled ? 1 : 0, rows = height >> shift, columns = width >> shift;
     const float* pixel[N * N];
     for (int64_t i = 0; i < N; ++i)
       for (int64_t j = 0; j < N; ++j) {
-        const int64_t row = at.top + i - 1, column = at.left + j - 1;
+        const int64_t row = at.top + i - PADDING, column = at.left + j - PADDING;
         const bool inside = row >= 0 && row < height && column >= 0 && column < width;
         const int64_t index = (at.sample * rows + (row >> shift)) * columns + (column >> shift);
         pixel[i * N + j] = inside ? x + index * inputs : zeros;
       }
+    float factor[N * N];
+    if constexpr (PAIRED<Word>) {
+      *unit = unit_of(pixel);
+      for (int i = 0; i < N * N; ++i) {
+        const float wanted = 1 / (Minimal<M>::NORMS[i / N] * Minimal<M>::NORMS[i % N] * *unit);
+        factor[i] = wanted == wanted ? wanted : 0.0f;
+        if (inputs % 2) v[i * step + depth - 1].odd = 0;
+      }
+    }
     const Place next = place(tile + 1);  // of its pixels, those that this tile does not read
-    const float* later =
-        x + ((next.sample * rows + ((next.top - 1) >> shift)) * columns + ((next.left + 1) >> shift)) * inputs;
+    const int64_t above = (next.top - PADDING) >> shift, beside = (next.left + PADDING) >> shift;
+    const float* later = x + ((next.sample * rows + above) * columns + beside) * inputs;
     for_blocks(inputs, [&](int64_t c, int64_t n) {
       for (int64_t i = 0; i < N >> shift && c % 16 == 0; ++i)
         for (int64_t j = 0; j < M >> shift; ++j) prefetch_near(later + (i * columns + j) * inputs + c);
@@ -213,32 +355,37 @@ struct Convolution {
       for (int i = 0; i < N; ++i) {
         Minimal<M>::patch(half + i * N, 1, out);
 #pragma GCC unroll 6
-        for (int j = 0; j < N; ++j) store(v + (i * N + j) * step + c, out[j]);
+        for (int j = 0; j < N; ++j) {
+          Word* to = v + (i * N + j) * step;
+          if constexpr (PAIRED<Word>) store_rounded((int16_t*)to + c, out[j], splat(factor[i * N + j]));
+          else store(to + c, out[j]);
+        }
       }
     });
   }
 
   // Products of `count` transformed patches with a chunk of the weights.
-  INLINE void multiply(int64_t count, int64_t chunk, const float* v, int64_t step, float* m) const {
+  template <bool Fused>
+  INLINE void multiply(int64_t count, int64_t chunk, const Word* v, int64_t step, float* m) const {
     const int64_t first = chunk * (CHUNK / BLOCK), last = min(blocks, first + CHUNK / BLOCK);
-    const int64_t lines = inputs * 64;  // bytes that a register block fetches of the weights
+    const int64_t lines = depth * 64;  // bytes that a register block fetches of the weights
     for (int64_t i = 0; i < N * N; ++i)
       for (int64_t block = first; block < last; ++block) {
-        const float* own = v + i * step;
-        const U* u = packed + (i * blocks + block) * inputs * BLOCK;
-        const U* next = u + (block + 1 < last ? 1 : blocks - (last - first - 1)) * inputs * BLOCK;
+        const Word* own = v + i * step;
+        const Word* u = packed + (i * blocks + block) * depth * BLOCK;
+        const Word* next = u + (block + 1 < last ? 1 : blocks - (last - first - 1)) * depth * BLOCK;
         for (int64_t row = 0; row < count; row += ROWS) {
-          const float* a = own + row * pitch;
-          const float* more = row + ROWS < count ? a + ROWS * pitch : block + 1 < last ? own : own + step;
-          Product<ROWS>::run(min(ROWS, count - row), inputs, a, pitch, u,
-                             m + i * result_step + row * CHUNK + (block - first) * BLOCK,
-                             {more, (const char*)next + min(row / ROWS, 2) * lines});
+          const Word* a = own + row * pitch;
+          const Word* more = row + ROWS < count ? a + ROWS * pitch : block + 1 < last ? own : own + step;
+          Product<ROWS, Fused>::run(min(ROWS, count - row), depth, a, pitch, u,
+                                    m + i * result_step + row * CHUNK + (block - first) * BLOCK,
+                                    {(const char*)more, (const char*)next + min(row / ROWS, 2) * lines});
         }
       }
   }
 
   // Transforms the products of a tile back, adds bias and residual, and writes what lies in the image.
-  INLINE void emit(int64_t tile, int64_t chunk, const float* m) const {
+  INLINE void emit(int64_t tile, int64_t chunk, const float* m, const float* unit) const {
     const Place at = place(tile);
     const int64_t first = chunk * CHUNK, rows = min(M, height - at.top), columns = min(M, width - at.left);
     const int64_t origin = ((at.sample * height + at.top) * width + at.left) * outputs + first;
@@ -250,7 +397,12 @@ struct Convolution {
 #pragma GCC unroll 6
       for (int j = 0; j < N; ++j) {
 #pragma GCC unroll 6
-        for (int i = 0; i < N; ++i) d[i] = load<vf>(m + (i * N + j) * result_step + c);
+        for (int i = 0; i < N; ++i) {
+          const float* from = m + (i * N + j) * result_step + c;
+          if constexpr (PAIRED<Word>)
+            d[i] = to_float(load<vi>(from)) * load<vf>(scale + (i * N + j) * blocks * BLOCK + first + c);
+          else d[i] = load<vf>(from);
+        }
         Minimal<M>::result(d, 1, out);
 #pragma GCC unroll 6
         for (int i = 0; i < M; ++i) half[i * N + j] = out[i];
@@ -267,15 +419,16 @@ struct Convolution {
         const int64_t line = origin + i * width * outputs + c;
         for (int j = 0; j < columns; ++j) {
           const int64_t to = line + j * outputs;
-          const vf whole = out[j] + b;
+          const vf whole = PAIRED<Word> ? fma(out[j], splat(*unit), b) : out[j] + b;
           block_store(y + to, residual ? whole + block_load(residual + to, n) : whole, n);
         }
       }
     });
   }
-  INLINE void finish(int64_t tile, int64_t count, int64_t chunk, const float* v, int64_t step, float* m) const {
-    multiply(count, chunk, v, step, m);
-    for (int64_t i = 0; i < count; ++i) emit(tile + i, chunk, m + i * CHUNK);
+  INLINE void finish(int64_t tile, int64_t count, int64_t chunk, const Word* v, int64_t step, const float* units, float* m) const {
+    if (PAIRED<Word> && fuses_pairs()) multiply<PAIRED<Word>>(count, chunk, v, step, m);
+    else multiply<false>(count, chunk, v, step, m);
+    for (int64_t i = 0; i < count; ++i) emit(tile + i, chunk, m + i * CHUNK, units + i);
   }
 
   // With many tiles a thread transforms those of its own tasks. With few, and so mostly with many channels, all transform
@@ -291,50 +444,53 @@ struct Convolution {
     const int64_t step = patch_step(strip), chunks = ceil_div(outputs, CHUNK);
     parallel_uneven(ceil_div(tiles, strip), threads, [&](int64_t task) {
       const int64_t first = task * strip, count = min(strip, tiles - first);
-      float *v = own_scratch().get(N * N * (step + result_step)), *m = v + N * N * step;
-      for (int64_t i = 0; i < count; ++i) transform(first + i, zeros, v + i * pitch, step);
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) finish(first, count, chunk, v, step, m);
+      float* m = own_scratch().get(N * N * (result_step + step) + strip);
+      Word* v = (Word*)(m + N * N * result_step);
+      float* units = (float*)(v + N * N * step);
+      for (int64_t i = 0; i < count; ++i) transform(first + i, zeros, v + i * pitch, step, units + i);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) finish(first, count, chunk, v, step, units, m);
     });
   }
   void run_together(int64_t tiles, const float* zeros, int64_t threads) const {
     constexpr int64_t FEW = 8;  // tiles whose transformation is a task
-    const int64_t most = max(1, SHARED_BYTES / (N * N * patch_step(TILES) * (int64_t)sizeof(float)));
+    const int64_t most = max(1, SHARED_BYTES / (N * N * patch_step(TILES) * (int64_t)sizeof(Word)));
     const int64_t group = min(ceil_div(tiles, TILES), most) * TILES, step = patch_step(group);
     const int64_t chunks = ceil_div(outputs, CHUNK);
     if (tiles * inputs * outputs < SERIAL) threads = 1;
-    float* v = common_scratch().get(N * N * step);
+    Word* v = (Word*)common_scratch().get(N * N * step + group);
+    float* units = (float*)(v + N * N * step);
     for (int64_t first = 0; first < tiles; first += group) {
       const int64_t count = min(group, tiles - first), strips = ceil_div(count, TILES), strip = ceil_div(count, strips);
       parallel_uneven(ceil_div(count, FEW), threads, [&](int64_t task) {
         for (int64_t i = task * FEW; i < min(count, (task + 1) * FEW); ++i)
-          transform(first + i, zeros, v + i * pitch, step);
+          transform(first + i, zeros, v + i * pitch, step, units + i);
       });
       parallel_uneven(strips * chunks, threads, [&](int64_t task) {
         const int64_t begin = task % strips * strip;
         float* m = own_scratch().get(N * N * result_step);
-        finish(first + begin, min(strip, count - begin), task / strips, v + begin * pitch, step, m);
+        finish(first + begin, min(strip, count - begin), task / strips, v + begin * pitch, step, units + begin, m);
       });
     }
   }
 };
 
-// weight [outputs, inputs, 3, 3] -> packed [N * N][blocks][inputs][BLOCK], in float64 and rounded once.
+// weight [outputs, inputs, K, K] -> packed [N * N][blocks][inputs][BLOCK], in float64 and rounded once.
 template <int M>
 INLINE void winograd_weight_as(int64_t outputs, int64_t inputs, const float* weight, float* packed, int64_t threads) {
-  constexpr int N = Minimal<M>::N;
+  constexpr int N = Minimal<M>::N, K = N - M + 1;
   const int64_t blocks = ceil_div(outputs, BLOCK);
   parallel_for(blocks * inputs, outputs * inputs * N * N < SERIAL ? 1 : threads, [&](int64_t task) {
     const int64_t block = task / inputs, c = task % inputs;
     for (int64_t o = 0; o < BLOCK; ++o) {
       const int64_t output = block * BLOCK + o;
-      double w[9] = {}, half[3 * N], line[N];
-      for (int i = 0; i < 9 && output < outputs; ++i) w[i] = (double)weight[(output * inputs + c) * 9 + i];
-      for (int j = 0; j < 3; ++j) {
-        Minimal<M>::weight(w + j, 3, line);
-        for (int i = 0; i < N; ++i) half[i * 3 + j] = line[i];
+      double w[K * K] = {}, half[K * N], line[N];
+      for (int i = 0; i < K * K && output < outputs; ++i) w[i] = (double)weight[(output * inputs + c) * K * K + i];
+      for (int j = 0; j < K; ++j) {
+        Minimal<M>::weight(w + j, K, line);
+        for (int i = 0; i < N; ++i) half[i * K + j] = line[i];
       }
       for (int i = 0; i < N; ++i) {
-        Minimal<M>::weight(half + i * 3, 1, line);
+        Minimal<M>::weight(half + i * K, 1, line);
         for (int j = 0; j < N; ++j) packed[(((i * N + j) * blocks + block) * inputs + c) * BLOCK + o] = (float)line[j];
       }
     }
@@ -343,27 +499,75 @@ INLINE void winograd_weight_as(int64_t outputs, int64_t inputs, const float* wei
 
 inline void winograd_conv2d_weight(int64_t tile, int64_t outputs, int64_t inputs, const float* weight, float* packed,
                                    int64_t threads) {
-  if (tile == 2) winograd_weight_as<2>(outputs, inputs, weight, packed, threads);
+  if (tile == 1) winograd_weight_as<1>(outputs, inputs, weight, packed, threads);
+  else if (tile == 2) winograd_weight_as<2>(outputs, inputs, weight, packed, threads);
   else winograd_weight_as<4>(outputs, inputs, weight, packed, threads);
 }
 
-// height and width are those of y; with `doubled`, x has half of both and each of its pixels counts as 2 x 2. `dtype` is that of
-// the transformed weights, float32 or float16.
-inline void winograd_conv2d(int64_t tile, int64_t samples, int64_t height, int64_t width, int64_t inputs, int64_t outputs,
-                            int64_t doubled, const float* x, int64_t dtype, const void* packed, const float* bias,
-                            int64_t bias_step, const float* residual, float* y, int64_t threads) {
-  const auto run = [&](auto* weights) {
-    using U = typename Pointee<decltype(weights)>::type;
-    const U* u = (const U*)packed;
-    if (tile == 2)
-      Convolution<2, U>(height, width, inputs, outputs, doubled, x, u, bias, bias_step, residual, y).run(samples, threads);
-    else
-      Convolution<4, U>(height, width, inputs, outputs, doubled, x, u, bias, bias_step, residual, y).run(samples, threads);
-  };
-  if (dtype == 0) run((float*)nullptr);
-  else run((f16*)nullptr);
+// packed, as above, [N * N][blocks][inputs][BLOCK] -> pairs [N * N][blocks][inputs / 2][BLOCK] and scale [N * N][blocks][BLOCK].
+template <int M>
+INLINE void winograd_pairs_of(int64_t outputs, int64_t inputs, const float* packed, Pair* pairs, float* scale,
+                              int64_t threads) {
+  constexpr int N = Minimal<M>::N;
+  const int64_t blocks = ceil_div(outputs, BLOCK), depth = ceil_div(inputs, 2);
+  parallel_for(N * N * blocks, outputs * inputs * N * N < SERIAL ? 1 : threads, [&](int64_t task) {
+    const float* from = packed + task * inputs * BLOCK;
+    Pair* to = pairs + task * depth * BLOCK;
+    double squares[BLOCK] = {}, most[BLOCK] = {}, unit[BLOCK];
+    for (int64_t k = 0; k < inputs * BLOCK; ++k) {
+      const double w = (double)from[k], size = w < 0 ? -w : w;
+      squares[k % BLOCK] += w * w;
+      if (size > most[k % BLOCK]) most[k % BLOCK] = size;
+    }
+    const int i = (int)(task / blocks);
+    for (int64_t o = 0; o < BLOCK; ++o) {
+      const double norm = __builtin_sqrt(squares[o]) / weight_norm(inputs), peak = most[o] / (double)LARGEST;
+      unit[o] = norm > peak ? norm : peak;
+      scale[task * BLOCK + o] = (float)(unit[o] * (double)Minimal<M>::NORMS[i / N] * (double)Minimal<M>::NORMS[i % N]);
+    }
+    const auto rounded = [&](int64_t c, int64_t o) {
+      return c < inputs && unit[o] > 0 ? (int16_t)__builtin_lrint((double)from[c * BLOCK + o] / unit[o]) : (int16_t)0;
+    };
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t o = 0; o < BLOCK; ++o) to[k * BLOCK + o] = {rounded(2 * k, o), rounded(2 * k + 1, o)};
+  });
 }
 
-FASTGEN_KERNELS(winograd_conv2d, KERNEL(winograd_conv2d_weight), KERNEL(winograd_conv2d))
+inline void winograd_conv2d_pairs(int64_t tile, int64_t outputs, int64_t inputs, const float* packed, void* pairs,
+                                  float* scale, int64_t threads) {
+  if (tile == 1) winograd_pairs_of<1>(outputs, inputs, packed, (Pair*)pairs, scale, threads);
+  else if (tile == 2) winograd_pairs_of<2>(outputs, inputs, packed, (Pair*)pairs, scale, threads);
+  else winograd_pairs_of<4>(outputs, inputs, packed, (Pair*)pairs, scale, threads);
+}
+
+// height and width are those of y; with `doubled`, x has half of both and each of its pixels counts as 2 x 2. The transformed
+// weights are floats, or, where there is a scale, pairs.
+inline void winograd_conv2d(int64_t tile, int64_t samples, int64_t height, int64_t width, int64_t inputs, int64_t outputs,
+                            int64_t doubled, const float* x, const void* packed, const float* scale, const float* bias,
+                            int64_t bias_step, const float* residual, float* y, int64_t threads) {
+  if (tile == 1 && !doubled && bias_step == 0) {  // nothing but a row of pixels
+    width *= samples * height;
+    samples = height = 1;
+  }
+  const auto run = [&](auto* words) {
+    using Word = typename Pointee<decltype(words)>::type;
+    const Word* u = (const Word*)packed;
+    const auto go = [&](auto convolution) { convolution.run(samples, threads); };
+    if (tile == 1)
+      go(Convolution<1, Word>(height, width, inputs, outputs, doubled, x, u, scale, bias, bias_step, residual, y));
+    else if (tile == 2)
+      go(Convolution<2, Word>(height, width, inputs, outputs, doubled, x, u, scale, bias, bias_step, residual, y));
+    else go(Convolution<4, Word>(height, width, inputs, outputs, doubled, x, u, scale, bias, bias_step, residual, y));
+  };
+  if (scale) run((Pair*)nullptr);
+  else run((float*)nullptr);
+}
+
+// Whether pairs are multiplied faster than floats. AVX-512 needs two instructions for them where it does not fuse them, which is
+// no gain; AVX2 too, but has a third port for one of the two.
+inline void winograd_conv2d_pairs_pay(int64_t* answer) { *answer = LANES == 8 || fuses_pairs(); }
+
+FASTGEN_KERNELS(winograd_conv2d, KERNEL(winograd_conv2d_weight), KERNEL(winograd_conv2d_pairs),
+                KERNEL(winograd_conv2d_pairs_pay), KERNEL(winograd_conv2d))
 
 FASTGEN_END

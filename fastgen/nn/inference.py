@@ -33,8 +33,11 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
 
     * Weights in ``dtype``, channels-last; inputs and outputs keep theirs, and so do the time and label embeddings.
     * A CPU that has no bfloat16 arithmetic would have to emulate it, many times slower than float32. There bfloat16 is a wish
-      for fewer bits that is met otherwise: everything is as in float32, but the transformed weights below are kept in float16,
-      half the memory, for an error of a few 1e-3 in all.
+      for fewer bits that is met otherwise: no bfloat16 is computed with; where the CPU multiplies pairs of 16-bit integers
+      (AVX-512 VNNI, AVX2), wide linear maps and convolutions by minimal filtering or of 1x1 round their operands to such
+      integers, each tile of an image and each output channel in a unit of its own, and sum exactly. All between them is
+      float32. A layer errs by 2e-4 to 2e-3, less than in bfloat16: see :func:`fastgen.ops.winograd_weight`. On other CPUs it is
+      float32 altogether.
     * On a CPU the weights of convolutions are laid out once for oneDNN instead of at every call, and the residual sum happens
       inside the convolution. In float32 "double the image, then convolve" is one transposed convolution where that is less
       work, and 3x3 convolutions go by minimal filtering (:func:`fastgen.ops.winograd_conv2d`) where that is faster: an error
@@ -52,7 +55,7 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
     device = next(network.parameters()).device
     dtype = fast_dtype(device) if dtype is None else dtype
     emulated = dtype == torch.bfloat16 and device.type == "cpu" and fast_dtype(device) != dtype
-    stored = torch.float16 if emulated else torch.float32
+    products = torch.int16 if emulated and ops.winograd_pairs() else torch.float32
     dtype = torch.float32 if emulated else dtype
     fast = copy.deepcopy(network).eval().requires_grad_(False).to(dtype=dtype)
     for module in fast.modules():
@@ -66,12 +69,15 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
         for name, module in list(fast.named_modules()):
             if isinstance(module, Upsample) and dtype == torch.float32:
-                fast.set_submodule(name, PackedUpsample(module, stored))
+                fast.set_submodule(name, PackedUpsample(module, products))
         _share_projections(fast)
         _keep_freed_memory()
+        told = {own for module in fast.modules() if isinstance(module, Conditioning) for own in module.modules()}
         for name, module in list(fast.named_modules()):
             if type(module) is Conv2d:
-                fast.set_submodule(name, PackedConv2d(module, stored))
+                fast.set_submodule(name, PackedConv2d(module, products))
+            elif type(module) is nn.Linear and products is torch.int16 and module not in told:
+                fast.set_submodule(name, PackedLinear(module, products))
     return fast
 
 
@@ -130,24 +136,45 @@ def relative_error(fast: nn.Module, network: nn.Module, x: Tensor, time: Tensor,
 
 
 class Filters:
-    """A 3x3 weight of stride 1 and padding 1, transformed for :func:`fastgen.ops.winograd_conv2d` at first use, and kept in
-    ``stored``: float32, or float16 where it can hold it.
+    """A weight of stride 1 laid out for :func:`fastgen.ops.winograd_conv2d` at first use: 3x3 with padding 1, or, for products
+    of integers, 1x1.
+
+    Args:
+        products: their dtype, float32 or int16; a weight that is not finite takes float32.
     """
 
-    def __init__(self, weight: Tensor, stored: torch.dtype = torch.float32) -> None:
+    def __init__(self, weight: Tensor, products: torch.dtype = torch.float32) -> None:
         self.weight = weight
-        # transformed, nothing is three times the largest element
-        self.stored = stored if 3 * weight.abs().max() < torch.finfo(stored).max else torch.float32
+        self.products = products if weight.isfinite().all() else torch.float32
         self.transformed: dict[int, ops.WinogradWeight] = {}
 
     def __call__(self, x: Tensor, bias: Tensor, residual: Tensor | None = None, double: bool = False) -> Tensor | None:
         """The convolution; None where a plain one is faster."""
-        tile = ops.winograd_tile(x, self.weight.shape[0], double=double)
+        tile = ops.winograd_tile(x, self.weight.shape[0], double=double) if self.weight.shape[-1] == 3 else self._one(x)
         if tile is None:
             return None
         if tile not in self.transformed:
-            self.transformed[tile] = ops.winograd_weight(self.weight, tile, dtype=self.stored)
+            self.transformed[tile] = ops.winograd_weight(self.weight, 2 if tile == 2 else 4, dtype=self.products)
         return ops.winograd_conv2d(x, self.transformed[tile], bias, residual, double=double)
+
+    def _one(self, x: Tensor) -> int | None:
+        few = min(self.weight.shape[:2]) < 64 or x.numel() < 64 * x.shape[1]  # measured with 32 to 512 channels
+        return None if few or self.products is torch.float32 or x.dtype is not torch.float32 else 1
+
+
+class PackedLinear(nn.Module):
+    """A linear map with products of integers where there are rows enough: they are the pixels of a 1x1 convolution."""
+
+    def __init__(self, linear: nn.Linear, products: torch.dtype) -> None:
+        super().__init__()
+        self.weight = linear.weight.detach()
+        self.bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        self.filters = Filters(self.weight[:, :, None, None], products)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.filters(rows.t()[None, :, None], self.bias)
+        return F.linear(x, self.weight, self.bias) if y is None else y[0, :, 0].t().reshape(*x.shape[:-1], -1)
 
 
 class PackedConv2d(nn.Module):
@@ -155,14 +182,15 @@ class PackedConv2d(nn.Module):
     weight in its own layout for the first input it sees. Other input sizes are right too.
     """
 
-    def __init__(self, conv: Conv2d, stored: torch.dtype = torch.float32) -> None:
+    def __init__(self, conv: Conv2d, products: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.in_channels = conv.in_channels
         self.weight = conv.weight.detach()
         self.bias = conv.bias.detach()
         self.stride, self.padding, self.dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
-        plain = (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
-        self.filters = Filters(self.weight, stored) if plain else None
+        where = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        three, one = (((k, k), (1, 1), (k // 2, k // 2), (1, 1)) for k in (3, 1))
+        self.filters = Filters(self.weight, products) if where in (three, one) else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         if self.filters is not None:
@@ -191,10 +219,10 @@ class PackedUpsample(nn.Module):
 
     pixels = 128
 
-    def __init__(self, upsample: Upsample, stored: torch.dtype = torch.float32) -> None:
+    def __init__(self, upsample: Upsample, products: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.plain = upsample
-        self.filters = Filters(upsample.conv.weight.detach(), stored)
+        self.filters = Filters(upsample.conv.weight.detach(), products)
         self.bias = upsample.conv.bias.detach()
         self.weight: Tensor | None = None
 

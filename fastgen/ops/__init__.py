@@ -30,7 +30,13 @@ from fastgen.ops.trace_sqrt_product import (
 )
 from fastgen.ops.uniform import uniform
 from fastgen.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
-from fastgen.ops.winograd_conv2d import WinogradWeight, winograd_conv2d, winograd_tile, winograd_weight
+from fastgen.ops.winograd_conv2d import (
+    WinogradWeight,
+    winograd_conv2d,
+    winograd_pairs,
+    winograd_tile,
+    winograd_weight,
+)
 
 __all__ = [
     "CodeStatistics",
@@ -85,6 +91,7 @@ __all__ = [
     "use_backend",
     "use_math",
     "winograd_conv2d",
+    "winograd_pairs",
     "winograd_tile",
     "winograd_weight",
 ]

@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 
+from fastgen import ops
 from fastgen.nn import inference
 from fastgen.nn.autoencoder import ImageDecoder, ImageEncoder
 from fastgen.nn.inference import (
-    Filters,
     PackedConv2d,
+    PackedLinear,
     PackedUpsample,
     SharedProjection,
     fast_dtype,
@@ -20,7 +21,6 @@ from fastgen.nn.inference import (
     relative_error,
 )
 from fastgen.nn.resnet import ResBlock, Upsample
-from fastgen.ops import _native
 from tests.nn.networks import FULL, KINDS, build, inputs, randomise
 
 every = pytest.mark.parametrize("kind", KINDS)
@@ -53,23 +53,41 @@ def test_bfloat16_copy_is_near(kind, monkeypatch):
     assert 1e-5 < relative_error(fast, net, x, t, **named) < 0.02  # 8 channels average little
 
 
-@pytest.mark.skipif(_native.missing() is not None, reason="no compiled kernels")
+@pytest.mark.skipif(not ops.winograd_pairs(), reason="no fast products of integers")
+@every
 @torch.no_grad()
-def test_bfloat16_is_not_emulated(monkeypatch):
-    """Without its arithmetic: float32, and the transformed weights in half the memory."""
+def test_bfloat16_is_not_emulated(kind, monkeypatch):
+    """Without its arithmetic: float32, and products of integers."""
     monkeypatch.setattr(inference, "fast_dtype", lambda device: torch.float32)
-    net = build("unet", widths=(32, 32))
-    x, t, named = inputs("unet", size=(16, 16))
-    half, full = (optimize(net, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    assert all(p.dtype == torch.float32 for p in half.parameters())
-    assert relative_error(full, net, x, t, **named) < 1e-5 < relative_error(half, net, x, t, **named) < 2e-3
-    filters = [m.filters for m in half.modules() if isinstance(m, PackedConv2d) and m.filters]
-    kept = [weight.packed for own in filters for weight in own.transformed.values()]
-    assert len(kept) > 4
-    assert all(w.dtype == torch.float16 for w in kept)
-    huge = Filters(torch.full((32, 32, 3, 3), 3e4), torch.float16)
-    h = torch.full((8, 32, 16, 16), 1e-4)
-    torch.testing.assert_close(huge(h, torch.zeros(32)), F.conv2d(h, huge.weight, padding=1), rtol=1e-4, atol=1e-3)
+    net = build(kind, **({"widths": (32, 64)} if kind == "unet" else {}))
+    x, t, named = inputs(kind, size=(16, 16))
+    narrow, full = (optimize(net, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert all(p.dtype == torch.float32 for p in narrow.parameters())
+    assert relative_error(full, net, x, t, **named) < 1e-5
+    assert relative_error(narrow, net, x, t, **named) < 5e-3
+    used = [m.filters for m in narrow.modules() if isinstance(m, PackedConv2d | PackedLinear) and m.filters]
+    kept = [weight.packed.dtype for own in used for weight in own.transformed.values()]
+    if kind == "unet":
+        assert len(kept) > 4
+        assert relative_error(narrow, net, x, t, **named) > 1e-5
+    assert set(kept) <= {torch.int16}
+
+
+@pytest.mark.skipif(not ops.winograd_pairs(), reason="no fast products of integers")
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_linear_maps_of_many_rows(bias):
+    plain = nn.Linear(66, 131, bias=bias)
+    packed = PackedLinear(plain, torch.int16)
+    for shape in [(2, 40, 66), (70, 66), (3, 66), (66,)]:
+        x = torch.randn(shape)
+        y, expected = packed(x), plain(x)
+        assert y.shape == expected.shape
+        assert (y - expected).norm() < 1e-3 * expected.norm()
+        assert torch.equal(y, expected) == (x.numel() < 64 * 66)  # few rows go the plain way
+    with torch.no_grad():
+        plain.weight[0, 0] = float("inf")
+    assert PackedLinear(plain, torch.int16).filters.products is torch.float32
 
 
 @pytest.mark.parametrize("modulation", ["add", "scale_shift"])

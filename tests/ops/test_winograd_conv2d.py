@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastgen.ops import _native, use_backend, winograd_conv2d, winograd_tile, winograd_weight
 from fastgen.ops.winograd_conv2d import winograd_conv2d_reference
+from tests import emulation
 
 native = pytest.mark.skipif(_native.missing() is not None, reason="no compiled kernels")
 every_tile = pytest.mark.parametrize("tile", [2, 4])
@@ -76,17 +79,102 @@ def test_transformed_weight_gives_the_same_bits(tile, shape):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
 
 
+def kernels_of(isa, tmp_path_factory):
+    """The kernels of an instruction set: compiled in, or without the fused products that this CPU may have."""
+    if isa != "unfused":
+        return _native.use_isa(isa)
+    if "avx512" not in _native.available_isas():
+        pytest.skip("needs AVX-512")
+    folder = tmp_path_factory.getbasetemp()
+    program = emulation.build("avx512", "g++", ["-O1", "-DFASTGEN_FUSED_PAIRS=0"], folder, ["winograd_conv2d"])
+    stack = contextlib.ExitStack()
+    stack.enter_context(_native.extra_table(isa, emulation.Remote([str(program)]).table()))
+    stack.enter_context(_native.use_isa(isa))
+    return stack
+
+
+every_isa = pytest.mark.parametrize("isa", [*_native.available_isas(), "unfused"])
+shapes = pytest.mark.parametrize("shape", [(8, 20, 33, 30), (1, 201, 20, 20), (2, 1, 5, 6)])  # many tiles; few; one channel
+every_filter = pytest.mark.parametrize(("side", "tile"), [(3, 2), (3, 4), (1, 4)])
+
+
+def square(outputs, inputs, side):
+    return draw(outputs, inputs, side, side, seed=1) / (side * inputs**0.5)
+
+
 @native
-@every_tile
-@pytest.mark.parametrize("shape", [(8, 20, 33, 30), (1, 200, 20, 20)])
-def test_half_a_weight_errs_by_its_rounding(tile, shape):
-    x, weight = draw(*shape), filters(70, shape[1])
-    half, whole = winograd_weight(weight, tile, dtype=torch.float16), winograd_weight(weight, tile)
-    assert half.packed.nbytes * 2 == whole.packed.nbytes
-    rounded = whole._replace(packed=half.packed.float())
-    assert torch.equal(winograd_conv2d(x, half), winograd_conv2d(x, rounded))  # products and sums are the same
-    exact = F.conv2d(x.double(), weight.double(), padding=1)
-    assert (winograd_conv2d(x, half) - exact).norm() < 2e-3 * exact.norm()
+@every_isa
+@every_filter
+@shapes
+def test_integers_err_by_their_rounding(isa, side, tile, shape, tmp_path_factory):
+    x, weight, bias, residual = draw(*shape), square(70, shape[1], side), draw(shape[0], 70), draw(shape[0], 70, *shape[2:])
+    exact = F.conv2d(x.double(), weight.double(), padding=side // 2)
+    with kernels_of(isa, tmp_path_factory):
+        own, whole = winograd_weight(weight, tile, dtype=torch.int16), winograd_weight(weight, tile)
+        y, full = winograd_conv2d(x, own), winograd_conv2d(x, own, bias, residual)
+    assert own.packed.dtype is torch.int16
+    assert own.packed.nbytes <= whole.packed.nbytes / 2 * (1 + 1 / shape[1])
+    stated = {(3, 4): 1.5e-4, (3, 2): 4e-5, (1, 4): 3e-5}[side, tile] * (1 + shape[1] ** 0.5)
+    assert stated / 100 < (y - exact).norm() / exact.norm() < stated
+    torch.testing.assert_close(full, y + bias[:, :, None, None] + residual, rtol=0, atol=1e-5)
+
+
+@native
+@every_filter
+def test_integers_do_not_overflow(side, tile):
+    """All equal, aligned with the weight, concentrated in one channel or pixel, and of any size: sums reach their bound."""
+    for channels in (1, 2, 33, 512):
+        alike, weight = torch.ones(1, channels, 9, 9), torch.ones(3, channels, side, side)
+        one_channel, one_pixel = torch.zeros_like(alike), torch.zeros_like(alike)
+        one_channel[:, -1], one_pixel[:, :, 4, 4] = -1, 1
+        own = winograd_weight(weight, tile, dtype=torch.int16)
+        for x in (alike, one_channel, one_pixel, alike + one_channel):
+            exact = F.conv2d(x, weight, padding=side // 2)
+            for size in (1e-15, 1.0, 1e15, 1e30):
+                error = (winograd_conv2d(x * size, own) / size - exact).abs().max()
+                assert error <= 3e-3 * exact.abs().max(), (channels, size)
+
+
+@native
+@every_filter
+def test_integers_of_nothing_and_of_what_is_not_finite(side, tile):
+    own, bias = winograd_weight(square(40, 20, side), tile, dtype=torch.int16), draw(3, 40)
+    x = torch.zeros(3, 20, 12, 12)
+    expected = bias[:, :, None, None].expand(3, 40, 12, 12)
+    assert torch.equal(winograd_conv2d(x, own, bias), expected)
+    assert torch.equal(winograd_conv2d(x + 1e-42, own, bias), expected)  # subnormal
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x[1, 7, 5, 5] = bad
+        y = winograd_conv2d(x, own, bias)
+        assert not y[1, :, 5, 5].isfinite().any()
+        assert torch.equal(y[::2], expected[::2])
+    nothing = winograd_weight(torch.zeros(40, 20, side, side), tile, dtype=torch.int16)
+    assert torch.equal(winograd_conv2d(draw(3, 20, 12, 12), nothing, bias), expected)
+
+
+@native
+@every_filter
+@shapes
+def test_integers_do_not_depend_on_the_threads(side, tile, shape):
+    x, own = draw(*shape), winograd_weight(square(70, shape[1], side), tile, dtype=torch.int16)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(winograd_conv2d(x, own))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@native
+def test_one_by_one_is_a_product_of_matrices():
+    x, weight, bias = draw(3, 20, 5, 4), square(7, 20, 1), draw(3, 7)
+    own = winograd_weight(weight)
+    for double in (False, True):
+        wide = x.repeat_interleave(2, 2).repeat_interleave(2, 3) if double else x
+        expected = F.conv2d(wide, weight) + bias[:, :, None, None]
+        torch.testing.assert_close(winograd_conv2d(x, own, bias, double=double), expected, rtol=0, atol=2e-6)
 
 
 @native
@@ -142,10 +230,12 @@ def test_transformed_weight_refuses_gradients():
         winograd_conv2d(draw(1, 3, 4, 4).requires_grad_(), once)
     with pytest.raises(ValueError, match=r"cannot serve: .*float64"):
         winograd_weight(filters(4, 3).double())
-    with pytest.raises(ValueError, match=r"dtype must be torch.float32 or torch.float16, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"dtype must be torch.float32 or torch.int16, got torch.bfloat16"):
         winograd_weight(filters(4, 3), dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"too large for float16: its largest element is 1e\+06"):
-        winograd_weight(torch.full((4, 3, 3, 3), 1e6), dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"weight must be finite for torch.int16"):
+        winograd_weight(torch.full((4, 3, 3, 3), float("inf")), dtype=torch.int16)
+    with pytest.raises(ValueError, match=r"weight must have shape \[O, C, 3, 3\] or \[O, C, 1, 1\], got \[4, 3, 5, 5\]"):
+        winograd_weight(torch.zeros(4, 3, 5, 5))
 
 
 @native
