@@ -57,6 +57,11 @@ class Conv2d(nn.Conv2d):
             return None
         if x.dtype is not self.weight.dtype or torch.is_autocast_enabled(x.device.type):
             return None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _pushes_forward():
             return None
         return ops.winograd_tile(x, self.out_channels, training=True)
+
+
+def _pushes_forward() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is active: kernels have no rules for them."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
