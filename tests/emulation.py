@@ -133,12 +133,13 @@ def compiled(isa: str, folder: Path, *ops: str) -> Remote:
 
 @functools.cache
 def sanitized(isa: str, op: str, folder: Path) -> Remote:
-    """The kernels of one op and instruction set under AddressSanitizer; the scalar ones, the quickest to compile, under
-    UndefinedBehaviorSanitizer too.
+    """The kernels of one op, with all units of its name, and of one instruction set under AddressSanitizer; the scalar ones, the
+    quickest to compile, under UndefinedBehaviorSanitizer too.
     """
     kinds = "address,undefined" if isa == "scalar" else "address"
     flags = ["-O1", f"-fsanitize={kinds}", "-fno-sanitize-recover=all"]
-    return Remote([str(build(isa, "g++", flags, folder, [op]))])
+    units = sorted(header.stem for header in (ROOT / "csrc/ops").glob(f"{op}*.h"))
+    return Remote([str(build(isa, "g++", flags, folder, units))])
 
 
 if __name__ == "__main__":

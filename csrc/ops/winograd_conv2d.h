@@ -60,11 +60,12 @@ struct Minimal {
     out[3] = fma(odd_a, splat(A2), fma(odd_b, splat(B2), m[5 * step]));
   }
   static INLINE void weight(const double* w, int step, double* out) {
-    constexpr double a = A, b = B, at_a = 2 * a * a * (a * a - b * b), at_b = 2 * b * b * (b * b - a * a);
+    constexpr double a = A, b = B, at_0 = 1 / (a * a * b * b);  // factors, since divisions would take most of the time
+    constexpr double at_a = 1 / (2 * a * a * (a * a - b * b)), at_b = 1 / (2 * b * b * (b * b - a * a));
     const double w0 = w[0], w1 = w[step], w2 = w[2 * step];
-    out[0] = w0 / (a * a * b * b);
-    out[1] = (w0 + a * w1 + a * a * w2) / at_a, out[2] = (w0 - a * w1 + a * a * w2) / at_a;
-    out[3] = (w0 + b * w1 + b * b * w2) / at_b, out[4] = (w0 - b * w1 + b * b * w2) / at_b;
+    out[0] = w0 * at_0;
+    out[1] = (w0 + a * w1 + a * a * w2) * at_a, out[2] = (w0 - a * w1 + a * a * w2) * at_a;
+    out[3] = (w0 + b * w1 + b * b * w2) * at_b, out[4] = (w0 - b * w1 + b * b * w2) * at_b;
     out[5] = w2;
   }
 };

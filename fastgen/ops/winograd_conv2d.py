@@ -10,11 +10,15 @@ the patch, instead of 9 per output,
 with B, G and A that evaluate polynomials at m + 1 points and infinity: 0, +-1 for m = 2 (2.25 times fewer products), and
 0, +-5/8, +-3/2 for m = 4 (4 times fewer). These points halve the rounding error of the usual 0, +-1, +-2. In float32 the
 error of m = 4, relative to the largest output, is below 1e-6 + 2e-7 sqrt(C) over C channels, near that of a plain float32
-sum; that of m = 2 is below it. Sums are in a fixed order: but for the gradient of the weight nothing depends on the number
-of threads.
+sum; that of m = 2 is below it. Sums are in a fixed order: nothing depends on the number of threads.
 
 Gradients flow to ``x``, ``weight``, ``bias`` and ``residual``: that of x is a convolution of the same kind, that of the weight
-is oneDNN's. float32 on CPUs has kernels. Elsewhere the reference serves: cuDNN chooses minimal filtering by itself.
+takes as few products,
+
+    dw = G' [ sum over tiles of (B' d B) * (A dY A') ] G,
+
+and second derivatives are right. float32 on CPUs has kernels. Elsewhere the reference serves: cuDNN chooses minimal filtering
+by itself.
 
 Source: Winograd (1980), "Arithmetic complexity of computations"; Lavin and Gray (2016), "Fast algorithms for convolutional
 neural networks" (arXiv:1509.09308); Barabasz et al. (2020), arXiv:1803.10986, for the choice of points.
@@ -163,6 +167,27 @@ _convolve = _dispatch.raw_op(
 )
 
 
+def _sum_over_tiles(x: Tensor, grad_y: Tensor, tile: int, double: bool) -> Tensor:
+    grad = _weight_gradient_like(x, grad_y, tile, double)
+    n, outputs, height, width = grad_y.shape
+    _native.kernel("winograd_conv2d_weight_gradient")(
+        tile, n, height, width, x.shape[1], outputs, double, x, grad_y, grad, torch.get_num_threads()
+    )
+    return grad
+
+
+def _weight_gradient_like(x: Tensor, grad_y: Tensor, tile: int, double: bool) -> Tensor:
+    return x.new_empty(grad_y.shape[1], x.shape[1], 3, 3)
+
+
+_weight_gradient = _dispatch.raw_op(
+    "winograd_conv2d_weight_gradient",
+    "(Tensor x, Tensor grad_y, int tile, bool double) -> Tensor",
+    _sum_over_tiles,
+    _weight_gradient_like,
+)
+
+
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -179,26 +204,35 @@ class _WinogradConv2d(torch.autograd.Function):
         return _convolve(x, _transformed(weight, tile), None, bias, residual, weight.shape[0], tile, double)
 
     @staticmethod
-    @_dispatch.differentiable_once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
-        wanted, own = ctx.needs_input_grad, _channels_last(grad_y)
+        wanted, own, tile = ctx.needs_input_grad, _channels_last(grad_y), ctx.tile
+        # torch.compile has no second derivatives
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if wanted[0]:
             turned = weight.flip(2, 3).transpose(0, 1).contiguous()
-            grad_x = _convolve(own, _transformed(turned, ctx.tile), None, None, None, weight.shape[1], ctx.tile, False)
+            if again:
+                grad_x = winograd_conv2d(own, turned, tile=tile, backend="cpp")
+            else:
+                grad_x = _convolve(own, _transformed(turned, tile), None, None, None, weight.shape[1], tile, False)
             if ctx.double:
                 grad_x = 4 * F.avg_pool2d(grad_x, 2)
         if wanted[1]:
-            seen = F.interpolate(x, scale_factor=2.0, mode="nearest") if ctx.double else x
-            one = [1, 1]
-            grad_weight = torch.ops.aten.convolution_backward(
-                own, seen, weight, None, one, one, one, False, [0, 0], 1, [False, True, False]
-            )[1]
+            grad_weight = (_differentiable_weight_gradient if again else _weight_gradient)(x, own, tile, ctx.double)
         if wanted[2]:
             shared = len(ctx.bias_shape) == 1 or ctx.bias_shape[0] == 1
             grad_bias = own.sum((0, 2, 3) if shared else (2, 3)).reshape(ctx.bias_shape)
         return grad_x, grad_weight, grad_bias, grad_y if wanted[3] else None, None, None
+
+
+def _differentiable_weight_gradient(x: Tensor, grad_y: Tensor, tile: int, double: bool) -> Tensor:
+    """:func:`_weight_gradient` by plain PyTorch, which knows its derivatives."""
+    x = F.interpolate(x, scale_factor=2.0, mode="nearest") if double else x
+    like, one = x.new_empty(grad_y.shape[1], x.shape[1], 3, 3), [1, 1]
+    return torch.ops.aten.convolution_backward(
+        grad_y, x, like, None, one, one, one, False, [0, 0], 1, [False, True, False]
+    )[1]  # fmt: skip
 
 
 def winograd_pairs() -> bool:
@@ -210,17 +244,18 @@ def winograd_pairs() -> bool:
     return bool(answer)
 
 
-def winograd_tile(x: Tensor, outputs: int, *, double: bool = False) -> Tile | None:
+def winograd_tile(x: Tensor, outputs: int, *, double: bool = False, training: bool = False) -> Tile | None:
     """The tile with which this convolution is fastest; None where a plain convolution is, or where there are no kernels.
 
     A model of the cost per pair of channels, in products of a plain convolution, fitted to measurements with 8 to 512 channels:
-    products, transformations (which few channels make up for badly), and reading the weights (which small images make up for
-    badly).
+    products, transformations (which few channels make up for badly), and reading the weights, in training with their
+    transformation (which small images make up for badly).
 
     Args:
         x: [N, C, H, W].
         outputs: channels of the result.
         double: as in :func:`winograd_conv2d`.
+        training: whether the weight is transformed at every call, and gradients are taken.
     """
     n, inputs, height, width = x.shape
     if min(inputs, outputs) < 16 or _dispatch.choose(SPEC, None, x) != "cpp":
@@ -228,10 +263,11 @@ def winograd_tile(x: Tensor, outputs: int, *, double: bool = False) -> Tile | No
     if double:
         height, width = 2 * height, 2 * width
     filled = -(-outputs // _BLOCK) * _BLOCK / outputs
+    weights = 75 if training else 25
 
     def cost(tile: Tile) -> float:
         tiles = n * -(-height // tile) * -(-width // tile)
-        return (tile + 2) ** 2 * (tiles * (1.3 * filled + 11 / inputs + 11 / outputs) + 25)
+        return (tile + 2) ** 2 * (tiles * (1.3 * filled + 11 / inputs + 11 / outputs) + weights)
 
     costs: dict[Tile | None, float] = {None: 9.0 * (n * height * width + 25), 2: cost(2), 4: cost(4)}
     return min(costs, key=lambda tile: costs[tile])
@@ -375,7 +411,7 @@ SPEC = OpSpec(
     function=winograd_conv2d,
     reference=winograd_conv2d_reference,
     outputs={"y": "filtering"},
-    gradients=("x", "bias", "residual"),  # that of the weight is oneDNN's, whose sums go by the threads
+    gradients=("x", "weight", "bias", "residual"),
     example_inputs=_example_inputs,
     flags={
         "outputs": (7, 1, 33, 65),
@@ -393,4 +429,5 @@ SPEC = OpSpec(
     operations=_operations,
     dtypes=(torch.float32,),
     gradient_precision="filtering",
+    double_backward=True,
 )
