@@ -13,6 +13,14 @@ error of m = 4, relative to the largest output, is below 1e-6 + 2e-7 sqrt(C) ove
 sum; that of m = 2 is below it. Sums are in a fixed order: but for the gradient of the weight nothing depends on the number
 of threads.
 
+A weight that is transformed once, by :func:`winograd_weight`, may also ask for products of 16-bit integers, two to a word, and may
+be 1x1. Transformed patches V of a tile then share a unit s, the filters U of a frequency and output channel another, t:
+
+    sum V U = s t sum round(V / s) round(U / t).
+
+The units make the product of the integers' norms over the channels less than 2^31. So no sum overflows, by Cauchy and Schwarz,
+whatever the number of channels, and all are exact. Before V is known, its norm is bounded by that of the patch.
+
 Gradients flow to ``x``, ``weight``, ``bias`` and ``residual``: that of x is a convolution of the same kind, that of the weight
 is oneDNN's. float32 on CPUs has kernels. Elsewhere the reference serves: cuDNN chooses minimal filtering by itself.
 
