@@ -13,8 +13,9 @@ error of m = 4, relative to the largest output, is below 1e-6 + 2e-7 sqrt(C) ove
 sum; that of m = 2 is below it. Sums are in a fixed order: but for the gradient of the weight nothing depends on the number
 of threads.
 
-A weight that is transformed once, by :func:`winograd_weight`, may also ask for products of 16-bit integers, two to a word, and may
-be 1x1. Transformed patches V of a tile then share a unit s, the filters U of a frequency and output channel another, t:
+A weight that is transformed once, by :func:`winograd_weight`, may also ask for products of 16-bit integers, two to a word,
+and may be 1x1. Transformed patches V of a tile then share a unit s, up to a constant for each frequency, and the filters U of
+a frequency and output channel another, t:
 
     sum V U = s t sum round(V / s) round(U / t).
 
