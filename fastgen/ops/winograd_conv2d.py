@@ -12,6 +12,15 @@ with B, G and A that evaluate polynomials at m + 1 points and infinity: 0, +-1 f
 error of m = 4, relative to the largest output, is below 1e-6 + 2e-7 sqrt(C) over C channels, near that of a plain float32
 sum; that of m = 2 is below it. Sums are in a fixed order: nothing depends on the number of threads.
 
+A weight that is transformed once, by :func:`winograd_weight`, may also ask for products of 16-bit integers, two to a word,
+and may be 1x1. Transformed patches V of a tile then share a unit s, up to a constant for each frequency, and the filters U of
+a frequency and output channel another, t:
+
+    sum V U = s t sum round(V / s) round(U / t).
+
+The units make the product of the integers' norms over the channels less than 2^31. So no sum overflows, by Cauchy and Schwarz,
+whatever the number of channels, and all are exact. Before V is known, its norm is bounded by that of the patch.
+
 Gradients flow to ``x``, ``weight``, ``bias`` and ``residual``: that of x is a convolution of the same kind, that of the weight
 takes as few products,
 

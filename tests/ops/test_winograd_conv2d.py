@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -79,21 +80,32 @@ def test_transformed_weight_gives_the_same_bits(tile, shape):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
 
 
+@contextlib.contextmanager
 def kernels_of(isa, tmp_path_factory):
-    """The kernels of an instruction set: compiled in, or without the fused products that this CPU may have."""
-    if isa != "unfused":
-        return _native.use_isa(isa)
-    if "avx512" not in _native.available_isas():
-        pytest.skip("needs AVX-512")
+    """The kernels of an instruction set: compiled in, emulated, or without the fused products that this CPU may have."""
+    if isa in _native.available_isas():
+        with _native.use_isa(isa):
+            yield
+        return
     folder = tmp_path_factory.getbasetemp()
-    program = emulation.build("avx512", "g++", ["-O1", "-DFASTGEN_FUSED_PAIRS=0"], folder, ["winograd_conv2d"])
-    stack = contextlib.ExitStack()
-    stack.enter_context(_native.extra_table(isa, emulation.Remote([str(program)]).table()))
-    stack.enter_context(_native.use_isa(isa))
-    return stack
+    if isa == "neon":
+        emulation.require_neon()
+        remote = emulation.compiled(isa, folder, "winograd_conv2d")
+    elif "avx512" in _native.available_isas():
+        remote = unfused(folder)
+    else:
+        pytest.skip("needs AVX-512")
+    with _native.extra_table(isa, remote.table()), _native.use_isa(isa):
+        yield
 
 
-every_isa = pytest.mark.parametrize("isa", [*_native.available_isas(), "unfused"])
+@functools.cache
+def unfused(folder):
+    flags = ["-O1", "-DFASTGEN_FUSED_PAIRS=0"]
+    return emulation.Remote([str(emulation.build("avx512", "g++", flags, folder, ["winograd_conv2d"]))])
+
+
+every_isa = pytest.mark.parametrize("isa", sorted({*_native.available_isas(), "neon", "unfused"}))
 shapes = pytest.mark.parametrize("shape", [(8, 20, 33, 30), (1, 201, 20, 20), (2, 1, 5, 6)])  # many tiles; few; one channel
 every_filter = pytest.mark.parametrize(("side", "tile"), [(3, 2), (3, 4), (1, 4)])
 
