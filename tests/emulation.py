@@ -133,7 +133,7 @@ def compiled(isa: str, folder: Path, *ops: str) -> Remote:
 
 @functools.cache
 def sanitized(isa: str, op: str, folder: Path) -> Remote:
-    """The kernels of one op, with all units of its name, and of one instruction set under AddressSanitizer; the scalar ones, the
+    """The kernels of one op, all units of its name, and one instruction set under AddressSanitizer; the scalar ones, the
     quickest to compile, under UndefinedBehaviorSanitizer too.
     """
     kinds = "address,undefined" if isa == "scalar" else "address"

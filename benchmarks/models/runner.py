@@ -46,6 +46,7 @@ OPERATORS = (
 KERNELS = (
     "winograd_conv2d",
     "winograd_conv2d_weight",
+    "winograd_conv2d_weight_gradient",
     "perceptron_fwd",
     "perceptron_bwd",
     "lu_linear_fwd",

@@ -59,10 +59,11 @@ struct Minimal {
     out[2] = fma(even_a, splat(A2), even_b * B2);
     out[3] = fma(odd_a, splat(A2), fma(odd_b, splat(B2), m[5 * step]));
   }
-  static INLINE void weight(const double* w, int step, double* out) {
-    constexpr double a = A, b = B, at_0 = 1 / (a * a * b * b);  // factors, since divisions would take most of the time
+  template <class W>
+  static INLINE void weight(const W* w, int step, W* out) {
+    constexpr double a = A, b = B, at_0 = 1 / (a * a * b * b);
     constexpr double at_a = 1 / (2 * a * a * (a * a - b * b)), at_b = 1 / (2 * b * b * (b * b - a * a));
-    const double w0 = w[0], w1 = w[step], w2 = w[2 * step];
+    const W w0 = w[0], w1 = w[step], w2 = w[2 * step];
     out[0] = w0 * at_0;
     out[1] = (w0 + a * w1 + a * a * w2) * at_a, out[2] = (w0 - a * w1 + a * a * w2) * at_a;
     out[3] = (w0 + b * w1 + b * b * w2) * at_b, out[4] = (w0 - b * w1 + b * b * w2) * at_b;
@@ -83,8 +84,9 @@ struct Minimal<2> {
     const vf m1 = m[step], m2 = m[2 * step];
     out[0] = m[0] + m1 + m2, out[1] = m1 - m2 + m[3 * step];
   }
-  static INLINE void weight(const double* w, int step, double* out) {
-    const double w0 = w[0], w1 = w[step], w2 = w[2 * step];
+  template <class W>
+  static INLINE void weight(const W* w, int step, W* out) {
+    const W w0 = w[0], w1 = w[step], w2 = w[2 * step];
     out[0] = w0, out[1] = (w0 + w1 + w2) / 2, out[2] = (w0 - w1 + w2) / 2, out[3] = w2;
   }
 };
@@ -96,7 +98,10 @@ struct Minimal<1> {
   static constexpr float NORMS[N] = {1.0f};
   static INLINE void patch(const vf* d, int, vf* out) { out[0] = d[0]; }
   static INLINE void result(const vf* m, int, vf* out) { out[0] = m[0]; }
-  static INLINE void weight(const double* w, int, double* out) { out[0] = w[0]; }
+  template <class W>
+  static INLINE void weight(const W* w, int, W* out) {
+    out[0] = w[0];
+  }
 };
 
 // Brings the line of p into L1, to be read or to be written.
@@ -475,6 +480,10 @@ struct Convolution {
   }
 };
 
+constexpr int64_t WIDE = 8;  // output channels that are transformed together
+using WideDouble = double __attribute__((vector_size(8 * WIDE)));
+using WideFloat = float __attribute__((vector_size(4 * WIDE)));
+
 // weight [outputs, inputs, K, K] -> packed [N * N][blocks][inputs][BLOCK], in float64 and rounded once.
 template <int M>
 INLINE void winograd_weight_as(int64_t outputs, int64_t inputs, const float* weight, float* packed, int64_t threads) {
@@ -482,17 +491,19 @@ INLINE void winograd_weight_as(int64_t outputs, int64_t inputs, const float* wei
   const int64_t blocks = ceil_div(outputs, BLOCK);
   parallel_for(blocks * inputs, outputs * inputs * N * N < SERIAL ? 1 : threads, [&](int64_t task) {
     const int64_t block = task / inputs, c = task % inputs;
-    for (int64_t o = 0; o < BLOCK; ++o) {
-      const int64_t output = block * BLOCK + o;
-      double w[K * K] = {}, half[K * N], line[N];
-      for (int i = 0; i < K * K && output < outputs; ++i) w[i] = (double)weight[(output * inputs + c) * K * K + i];
+    float* const to = packed + (block * inputs + c) * BLOCK;
+    for (int64_t o = 0; o < BLOCK; o += WIDE) {
+      WideDouble w[K * K] = {}, half[K * N], line[N];
+      for (int64_t lane = 0; lane < min(WIDE, outputs - block * BLOCK - o); ++lane)
+        for (int i = 0; i < K * K; ++i) w[i][lane] = (double)weight[((block * BLOCK + o + lane) * inputs + c) * K * K + i];
       for (int j = 0; j < K; ++j) {
         Minimal<M>::weight(w + j, K, line);
         for (int i = 0; i < N; ++i) half[i * K + j] = line[i];
       }
       for (int i = 0; i < N; ++i) {
         Minimal<M>::weight(half + i * K, 1, line);
-        for (int j = 0; j < N; ++j) packed[(((i * N + j) * blocks + block) * inputs + c) * BLOCK + o] = (float)line[j];
+        for (int j = 0; j < N; ++j)
+          store(to + (i * N + j) * blocks * inputs * BLOCK + o, __builtin_convertvector(line[j], WideFloat));
       }
     }
   });

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import ops
-from fastgen.nn.conv import zero
+from fastgen.nn.conv import Conv2d, zero
 
 __all__ = ["LIMIT", "ConvConditioner", "MLPConditioner", "ResNetConditioner", "keep_activations"]
 
@@ -116,16 +116,14 @@ class ConvConditioner(nn.Module):
 
     def __init__(self, inputs: int, hidden: int, outputs: Sequence[int], context: int = 0) -> None:
         super().__init__()
-        self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
+        self.first = Conv2d(inputs, hidden, 3, padding=1)
         self.context = nn.Linear(context, hidden, bias=False) if context else None
-        self.middle = nn.Conv2d(hidden, hidden, 1)
-        self.head = zero(nn.Conv2d(hidden, sum(outputs), 3, padding=1))
+        self.middle = Conv2d(hidden, hidden, 1)
+        self.head = zero(Conv2d(hidden, sum(outputs), 3, padding=1))
         self.outputs = tuple(outputs)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
-        h = self.first(_as_pixels(x))
-        if self.context is not None:
-            h = h + self.context(context)[:, :, None, None]
+        h = self.first(_as_pixels(x), None if self.context is None else self.context(context))
         h = torch.relu_(self.middle(torch.relu_(h)))
         return self.head(h).split(self.outputs, 1)
 
@@ -139,16 +137,14 @@ class ResNetConditioner(nn.Module):
 
     def __init__(self, inputs: int, hidden: int, outputs: Sequence[int], context: int = 0, *, blocks: int = 2) -> None:
         super().__init__()
-        self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
+        self.first = Conv2d(inputs, hidden, 3, padding=1)
         self.context = nn.Linear(context, hidden, bias=False) if context else None
         self.blocks = nn.ModuleList(_ResidualBlock(hidden) for _ in range(blocks))
-        self.head = zero(nn.Conv2d(hidden, sum(outputs), 3, padding=1))
+        self.head = zero(Conv2d(hidden, sum(outputs), 3, padding=1))
         self.outputs = tuple(outputs)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
-        h = self.first(_as_pixels(x))
-        if self.context is not None:
-            h = h + self.context(context)[:, :, None, None]
+        h = self.first(_as_pixels(x), None if self.context is None else self.context(context))
         for block in self.blocks:
             h = block(h)
         return self.head(torch.relu(h)).split(self.outputs, 1)
@@ -159,8 +155,8 @@ class _ResidualBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.first = Conv2d(channels, channels, 3, padding=1)
+        self.second = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(torch.relu_(self.first(torch.relu(x))))

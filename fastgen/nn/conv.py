@@ -57,7 +57,7 @@ class Conv2d(nn.Conv2d):
             return None
         if x.dtype is not self.weight.dtype or torch.is_autocast_enabled(x.device.type):
             return None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _pushes_forward():
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or _pushes_forward():
             return None
         return ops.winograd_tile(x, self.out_channels, training=True)
 

@@ -210,6 +210,22 @@ def test_gradients_are_those_of_the_convolution(tile, double):
         assert (value - truth).abs().max() < 5e-6 * truth.abs().max()
 
 
+@native
+@every_tile
+@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("shape", [(16, 33, 37, 30), (1, 600, 6, 5)])  # groups of tiles; turns of output channels
+def test_gradient_of_the_weight_sums_all_tiles(tile, isa, shape):
+    if isa == "neon":
+        return  # emulated, this would take long; the contract holds it to small sums
+    x, towards = draw(*shape), draw(shape[0], 130, *shape[2:], seed=2)
+    weight = filters(130, shape[1]).requires_grad_()
+    exact = weight.detach().double().requires_grad_()
+    with _native.use_isa(isa):
+        (found,) = torch.autograd.grad(winograd_conv2d(x, weight, tile=tile, backend="cpp"), weight, towards)
+    (truth,) = torch.autograd.grad(F.conv2d(x.double(), exact, padding=1), exact, towards.double())
+    assert (found - truth).abs().max() < 5e-6 * truth.abs().max()
+
+
 def test_double_precision_is_the_references():
     x, weight = draw(1, 2, 5, 5).double(), filters(3, 2).double()
     assert torch.equal(winograd_conv2d(x, weight), F.conv2d(x, weight, padding=1))
