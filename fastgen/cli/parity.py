@@ -19,6 +19,7 @@ parity = typer.Typer(
     help="Another library's network and ours with its weights, side by side.",
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
 )
 
 LAYERS = 1e-5
@@ -28,8 +29,10 @@ STEPS = 1e-4
 
 
 @parity.callback()
-def _root() -> None:
+def _root(context: typer.Context) -> None:
     """Keeps the library's name a word of the command line."""
+    if context.invoked_subcommand is None:
+        raise ValueError("parity with which library? fastgen parity diffusers PATH")
 
 
 def _report(differences: Sequence[Difference], what: str, tolerance: float) -> bool:

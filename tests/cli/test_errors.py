@@ -32,6 +32,8 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("text.npy").write_text("hello")
     Path("notrun").mkdir()
     Path("badrun").mkdir()
+    Path("otherrun").mkdir()
+    Path("otherrun/config.json").write_text("{}")
     Path("badrun/config.json").write_text("{")
     np.save("thin.npy", np.random.default_rng(0).random((40, 1), np.float32))
     Path("nopicture").mkdir()
@@ -90,6 +92,8 @@ CASES = {
     "a picture as data": (["train", "vae", "--data", "grey.png", *TRAIN], ["grey.png", ".npz"]),
     "a picture that is none": (["train", "vae", "--data", "nopicture", *TRAIN], ["nopicture/a.png", "not an image"]),
     "pictures of two sizes": (["train", "vae", "--data", "sizes", *TRAIN], ["sizes/", "set image_size"]),
+    "parity with nothing": (["parity"], ["fastgen parity diffusers PATH"]),
+    "parity of a run": (["parity", "diffusers", "otherrun"], ["otherrun", "no model of diffusers", "UNet2DModel"]),
     "bench of no number": (["bench", "--seconds", "abc"], ["--seconds must be a number of at least 0, got 'abc'"]),
     "bench of no rounds": (["bench", "--rounds", "0"], ["--rounds must be a whole number of at least 1, got '0'"]),
     "bench of an unknown option": (["bench", "--ops", "x", "--opp"], ["--opp"]),

@@ -343,13 +343,13 @@ def test_progress_bar(capsys):
 
 def test_survives_sigkill_at_any_instant(tmp_path):
     process = worker("kill", tmp_path / "run", 40)
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     last = int(output)
     assert last > 20
     for folder in ("run", "straight"):  # with the threads of the killed processes: sums round by their number
         finish = worker("finish", tmp_path / folder, last + 3)
-        _, errors = finish.communicate(timeout=300)
+        _, errors = finish.communicate(timeout=600)
         assert finish.returncode == 0, errors
     assert_same_run(tmp_path / "run", tmp_path / "straight")
     assert not list((tmp_path / "run").glob(".*"))

@@ -35,24 +35,30 @@ def train(folder: str, steps: str, pause: str = "0") -> None:
 
 
 def kill(folder: str, kills: str) -> None:
-    """Train in child processes that are killed at random instants; after each, the run must load and not go back."""
+    """Train in child processes that are killed at random instants; after each, the run must load and not go back.
+
+    The instants follow the machine: later where a child came to no checkpoint, sooner where it did, so that on a busy one too
+    most are killed while they train and some while they start.
+    """
     fit(make_tiny(), labelled_data(), steps=1, **OPTIONS)  # what torch imports late is there when the children start
-    run, dice, last = RunDir(Path(folder)), random.Random(0), -1
+    run, dice, last, window = RunDir(Path(folder)), random.Random(0), -1, 0.25
     for _ in range(int(kills)):
         child = os.fork()
         if child == 0:
             fit(make_tiny(), labelled_data(), steps=1_000_000, out=folder, resume=True, **OPTIONS)
             os._exit(1)
-        time.sleep(dice.uniform(0.0, 0.25))
+        time.sleep(dice.uniform(0.0, window))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "the child ended by itself"
         if not run.state.exists():
+            window = min(1.5 * window, 3.0)
             continue  # killed before the first checkpoint
         step = checkpoint.read(run.state)[1]["step"]
         assert step >= last, f"went back from step {last} to {step}"
         assert checkpoint.read_meta(run.model)["step"] in (step, step + 1)
         load(folder, device="cpu")
+        window = 0.9 * window if step > last else min(1.5 * window, 3.0)
         last = step
         litter = list(run.path.glob(".*"))
         assert len(litter) <= 1, litter

@@ -310,7 +310,8 @@ def read(path: str | Path, kind: str | None = None) -> tuple[str, dict[str, Any]
     config = json.loads((folder / "config.json").read_text())
     name = config.get("_class_name", kind)
     if name not in _FOLDERS or kind not in (None, name):
-        raise ValueError(f"{folder} holds a {name}, not a {kind or ' or a '.join(_FOLDERS)}")
+        held = f"a {name}" if name else "no model of diffusers"
+        raise ValueError(f"{folder} holds {held}, expected {kind or ' or '.join(_FOLDERS)}")
     index = folder / f"{_STEM}.safetensors.index.json"
     if index.is_file():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
