@@ -104,7 +104,8 @@ def _record(huber: bool, with_x0: bool) -> _native.Record:
     plan = f"dtype rows event like table4 weights number {int(huber)} row {{}} {'>like' if with_x0 else 'null'} threads"
 
     def longer(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.factor, ctx.huber, ctx.with_x0, ctx.dtype, ctx.backend = *ctx.remembered[:1], huber, with_x0, torch.float32, "cpp"
+        ctx.factor, ctx.huber, ctx.with_x0 = ctx.remembered[0], huber, with_x0
+        ctx.dtype, ctx.backend = torch.float32, "cpp"
         return _DiffusionLoss.backward(ctx, grad_loss)[:10]
 
     return _native.Record(
