@@ -214,8 +214,10 @@ class Launch {
     }
     if (storage_code(t) != (differentiable(word) ? like.code : 0)) return false;
     if (is_split(word)) {  // the first says how many bins there are
-      const int64_t last = t.ndim ? t.shape[t.ndim - 1] : 0, expected = word == KNOTS ? like.bins - 1 : like.bins ? like.bins : last;
-      return t.ndim == first.ndim + 1 && last == expected && last > 0 && std::equal(first.shape, first.shape + first.ndim, t.shape);
+      const int64_t last = t.ndim ? t.shape[t.ndim - 1] : 0;
+      const int64_t expected = word == KNOTS ? like.bins - 1 : like.bins ? like.bins : last;
+      return t.ndim == first.ndim + 1 && last == expected && last > 0 &&
+             std::equal(first.shape, first.shape + first.ndim, t.shape);
     }
     if (word == HISTORY) return t.ndim == first.ndim + 1 && std::equal(first.shape, first.shape + first.ndim, t.shape + 1);
     if (is_table(word)) {
@@ -325,8 +327,8 @@ class Launch {
 };
 
 // A torch.autograd.Function made of launches, so that no Python code runs between PyTorch and the kernels: one where there is
-// nothing to record, one for the forward pass of a graph, which may keep more, and two for its backward pass: `final` runs where
-// the graph is not kept for another, so that it may write over what was saved.
+// nothing to record, one for the forward pass of a graph, which may keep more, and two for its backward pass: `final` runs
+// where the graph is not kept for another, so that it may write over what was saved.
 class Record {
  public:
   // `takes`: what the backward launch is given: "i0" the first argument of the forward launch, "o2" its third output, "g1" the

@@ -145,9 +145,9 @@ class Launch:
     >first                  the first tensor given, written over and returned
     ======================  =============================================================================================
 
-    A tensor given may be None, a null pointer, unless the word is like, binned, knots or a table. The caller gives dense tensors
-    on the CPU that fit. Gradients are recorded for like, like?, binned, knots and history: whatever else is given is a constant
-    for autograd.
+    A tensor given may be None, a null pointer, unless the word is like, binned, knots or a table. The caller gives dense
+    tensors on the CPU that fit. Gradients are recorded for like, like?, binned, knots and history: whatever else is given is a
+    constant for autograd.
     """
 
     def __init__(self, name: str, plan: str) -> None:
