@@ -143,11 +143,12 @@ py::object launch(const Description& description) {
   return function<launch_call>("launch", capsule(new Launch(launch_of(description))));
 }
 
-// A function that launches the first, or records the other two: `make_apply` makes of a forward and a backward function the
+// A function that launches the first, or records the others: `make_apply` makes of a forward and a backward function the
 // `apply` of a torch.autograd.Function. It lives as long as the process.
-py::object record(const Description& plain, const Description& forward, const Description& backward, int returns,
-                  const std::string& takes, const std::string& gives, const py::object& make_apply, py::object longer) {
-  auto* made = new Record(launch_of(plain), launch_of(forward), launch_of(backward), returns, takes, gives);
+py::object record(const Description& plain, const Description& forward, const Description& backward,
+                  const Description& final, int returns, const std::string& takes, const std::string& gives,
+                  const py::object& make_apply, py::object longer) {
+  auto* made = new Record(launch_of(plain), launch_of(forward), launch_of(backward), launch_of(final), returns, takes, gives);
   const py::object self = capsule(made);
   made->complete(make_apply(function<record_call<&Record::forward>>("forward", self),
                             function<record_call<&Record::backward>>("backward", self)),

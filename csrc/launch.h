@@ -56,7 +56,8 @@ constexpr uint8_t INT = 0, FLOAT = 2, BFLOAT = 4;  // kDLInt, kDLFloat, kDLBfloa
 // What is asked of torch. Made on first use: importing the extension does not import torch.
 struct Torch {
   PyObject *tensor, *parameter, *float32, *empty_like, *new_empty, *is_grad_enabled, *num_threads, *dispatch_modes, *transforms;
-  PyObject *requires_grad, *dtype_keyword, *saved_tensors, *save_for_backward, *set_materialize_grads;
+  PyObject *requires_grad, *dtype_keyword, *saved_tensors, *save_for_backward, *set_materialize_grads, *remembered;
+  PyObject *graph_is_kept, *hooks_of_saved;
   const dlpack::Exchange* exchange = nullptr;  // null where this torch has none
 
   static const Torch& get() {
@@ -87,6 +88,9 @@ struct Torch {
     saved_tensors = PyUnicode_InternFromString("saved_tensors");
     save_for_backward = PyUnicode_InternFromString("save_for_backward");
     set_materialize_grads = PyUnicode_InternFromString("set_materialize_grads");
+    remembered = PyUnicode_InternFromString("remembered");
+    graph_is_kept = take(torch.attr("_C").attr("_autograd"), "_get_current_graph_task_keep_graph");
+    hooks_of_saved = take(torch.attr("_C").attr("_autograd"), "_top_saved_tensors_default_hooks");
     dtype_keyword = py::make_tuple("dtype").release().ptr();
     if (!py::hasattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__")) return;
     const py::object capsule = torch.attr("Tensor").attr("__dlpack_c_exchange_api__");
@@ -154,14 +158,14 @@ class Launch {
  private:
   // What a word says, and how plans spell it. From LIKE to NUMBER the caller gives it.
   enum Word {
-    DTYPE, ROWS, EVENT, CHANNELS, THREADS, NONE, LITERAL,
-    LIKE, LIKE_OR_NONE, WIDE, ROW, WEIGHTS, HISTORY, TABLE4, TABLE5, KEY, FLAG, NUMBER,
-    NEW_LIKE, NEW_WIDE, NEW_ROW,
+    DTYPE, ROWS, EVENT, CHANNELS, BINS, THREADS, NONE, LITERAL,
+    LIKE, LIKE_OR_NONE, BINNED, KNOTS, WIDE, ROW, WEIGHTS, HISTORY, TABLE4, TABLE5, KEY, FLAG, NUMBER,
+    NEW_LIKE, NEW_BINNED, NEW_KNOTS, NEW_WIDE, NEW_ROW, FIRST,
   };
   static constexpr const char* WORDS[] = {
-      "dtype", "rows", "event", "channels", "threads", "null", "(literal)",                          //
-      "like",  "like?", "wide", "row", "weights", "history", "table4", "table5", "key", "flag", "number",  //
-      ">like", ">wide", ">row",
+      "dtype", "rows", "event", "channels", "bins", "threads", "null", "(literal)",  //
+      "like", "like?", "binned", "knots", "wide", "row", "weights", "history", "table4", "table5", "key", "flag", "number",  //
+      ">like", ">binned", ">knots", ">wide", ">row", ">first",
   };
 
   enum Answer { LAUNCH, RECORD, LONG_WAY };
@@ -170,7 +174,8 @@ class Launch {
   struct Like {
     dlpack::Tensor tensor;
     int code = -1;
-    int64_t rows = 0, event = 1, past = 0;  // past: how many tensors like it the history holds
+    int64_t rows = 0, event = 1, past = 0, bins = 0;  // past: how many tensors like it the history holds
+    PyObject *binned = nullptr, *knots = nullptr;     // given
   };
 
   static int storage_code(const dlpack::Tensor& t) {
@@ -194,7 +199,10 @@ class Launch {
 
   static bool is_given(Word word) { return LIKE <= word && word <= NUMBER; }
   static bool is_like(Word word) { return word == LIKE || word == LIKE_OR_NONE; }
+  static bool is_split(Word word) { return word == BINNED || word == KNOTS; }
   static bool is_table(Word word) { return word == TABLE4 || word == TABLE5; }
+  // What is given otherwise (noise, weights, coefficients, gradients) is constant for autograd.
+  static bool differentiable(Word word) { return is_like(word) || is_split(word) || word == HISTORY; }
   static size_t slots_of(Word word) { return word == WEIGHTS || word == HISTORY || is_table(word) || word == KEY ? 2 : 1; }
 
   // Whether a tensor is what the word says.
@@ -204,7 +212,13 @@ class Launch {
       const bool one = t.ndim == 1 && t.shape[0] == 4, many = t.ndim == 2 && t.shape[0] == like.rows && t.shape[1] == 4;
       return t.dtype.code == dlpack::INT && t.dtype.bits == 64 && (one || many);
     }
-    if (storage_code(t) != (is_like(word) || word == HISTORY ? like.code : 0)) return false;
+    if (storage_code(t) != (differentiable(word) ? like.code : 0)) return false;
+    if (is_split(word)) {  // the first says how many bins there are
+      const int64_t last = t.ndim ? t.shape[t.ndim - 1] : 0;
+      const int64_t expected = word == KNOTS ? like.bins - 1 : like.bins ? like.bins : last;
+      return t.ndim == first.ndim + 1 && last == expected && last > 0 &&
+             std::equal(first.shape, first.shape + first.ndim, t.shape);
+    }
     if (word == HISTORY) return t.ndim == first.ndim + 1 && std::equal(first.shape, first.shape + first.ndim, t.shape + 1);
     if (is_table(word)) {
       const int64_t columns = word == TABLE4 ? 4 : 5 + like.past;
@@ -227,6 +241,8 @@ class Launch {
 
   static PyObject* allocate(Word word, PyObject* first, const Like& like) {
     const Torch& torch = Torch::get();
+    if (word == NEW_BINNED || word == NEW_KNOTS)
+      return PyObject_CallOneArg(torch.empty_like, word == NEW_KNOTS ? like.knots : like.binned);
     const bool float32 = like.code == 0;
     if (word == NEW_LIKE || (word == NEW_WIDE && float32)) return PyObject_CallOneArg(torch.empty_like, first);
     if (word == NEW_WIDE) {
@@ -253,12 +269,14 @@ class Launch {
         if (slot->real == -1.0 && PyErr_Occurred()) return LONG_WAY;
       } else if (given) {
         dlpack::Tensor t{};
-        if (given == Py_None && (word == LIKE || is_table(word))) return LONG_WAY;  // no kernel does without
+        if (given == Py_None && (word == LIKE || is_split(word) || is_table(word))) return LONG_WAY;  // no kernel does without
         if (given != Py_None) {
           if (!read(given, t) || !fits(word, t, like)) return LONG_WAY;
-          record |= enabled && own(PyObject_GetAttr(given, torch.requires_grad)).ptr() != Py_False;
+          record |= enabled && differentiable(word) && own(PyObject_GetAttr(given, torch.requires_grad)).ptr() != Py_False;
         }
         slot->pointer = address(t);
+        if (word == BINNED) like.bins = t.shape[t.ndim - 1], like.binned = given;
+        if (word == KNOTS) like.knots = given;
         if (word == KEY) (++slot)->integer = t.ndim == 2 ? like.rows : t.ndim;
         if (word == WEIGHTS) (++slot)->integer = t.ndim;
         if (word == HISTORY) (++slot)->integer = like.past = t.ndim ? t.shape[0] : 0;
@@ -274,11 +292,14 @@ class Launch {
         case DTYPE: slot->integer = like.code; break;
         case ROWS: slot->integer = like.rows; break;
         case EVENT: slot->integer = like.event; break;
+        case BINS: slot->integer = like.bins; break;
         case THREADS: slot->integer = integer(torch.num_threads); break;
         case CHANNELS: slot->integer = 0; break;  // dense in logical order
         case NONE: slot->pointer = nullptr; break;
         case LITERAL: slot->integer = *literal++; break;
         case NEW_LIKE:
+        case NEW_BINNED:
+        case NEW_KNOTS:
         case NEW_WIDE:
         case NEW_ROW: {
           dlpack::Tensor t;
@@ -287,6 +308,10 @@ class Launch {
           slot->pointer = address(t);
           break;
         }
+        case FIRST:
+          made[outputs++] = Py_NewRef(args[0]);
+          slot->pointer = address(like.tensor);
+          break;
         default: break;
       }
       slot += slots_of(word);
@@ -302,21 +327,27 @@ class Launch {
 };
 
 // A torch.autograd.Function made of launches, so that no Python code runs between PyTorch and the kernels: one where there is
-// nothing to record, one for the forward pass of a graph, which may keep more, and one for its backward pass.
+// nothing to record, one for the forward pass of a graph, which may keep more, and two for its backward pass: `final` runs
+// where the graph is not kept for another, so that it may write over what was saved.
 class Record {
  public:
   // `takes`: what the backward launch is given: "i0" the first argument of the forward launch, "o2" its third output, "g1" the
-  // gradient of its second. `gives`: what the gradients of the forward launch's arguments are, in order: "o0" the first output
-  // of the backward launch, "g0" a gradient as it came. `returns`: the outputs that the caller sees.
-  Record(Launch plain, Launch forward, Launch backward, int returns, const std::string& takes, const std::string& gives)
+  // gradient of its second; "n3" its fourth argument, a number. `gives`: what the gradients of the forward launch's arguments
+  // are, in order: "o0" the first output of the backward launch, "g0" a gradient as it came. `returns`: the outputs that the
+  // caller sees.
+  Record(Launch plain, Launch forward, Launch backward, Launch final, int returns, const std::string& takes,
+         const std::string& gives)
       : plain_(std::move(plain)),
         forward_(std::move(forward)),
         backward_(std::move(backward)),
+        final_(std::move(final)),
         returns_(returns),
         takes_(places(takes)),
         gives_(places(gives)) {
-    if (plain_.inputs() != forward_.inputs() || backward_.inputs() != (int)takes_.size())
+    if (plain_.inputs() != forward_.inputs() || backward_.inputs() != (int)takes_.size() ||
+        final_.inputs() != backward_.inputs())
       throw std::invalid_argument("the launches of a record do not fit each other");
+    for (const Place& place : takes_) numbers_ += place.kind == 'n';
   }
 
   // `apply` of the class that has forward() and backward(), and who takes over in the backward pass what is not plain.
@@ -341,11 +372,12 @@ class Record {
     PyObject* saved[MOST_ARGUMENTS + 1] = {context};
     int count_saved = 1;
     for (const Place& place : takes_)
-      if (place.kind != 'g') saved[count_saved++] = place.kind == 'i' ? args[1 + place.index] : item(outputs, place.index);
+      if (place.kind == 'i' || place.kind == 'o')
+        saved[count_saved++] = place.kind == 'i' ? args[1 + place.index] : item(outputs, place.index);
     const Torch& torch = Torch::get();
     PyObject* const never[] = {context, Py_False};
     if (!own(PyObject_VectorcallMethod(torch.save_for_backward, saved, count_saved, nullptr)) ||
-        !own(PyObject_VectorcallMethod(torch.set_materialize_grads, never, 2, nullptr)))
+        !own(PyObject_VectorcallMethod(torch.set_materialize_grads, never, 2, nullptr)) || !remember(context, args + 1))
       return nullptr;
     return returns_ == 1 ? Py_NewRef(item(outputs, 0)) : PyTuple_GetSlice(outputs.ptr(), 0, returns_);
   }
@@ -355,11 +387,16 @@ class Record {
     if (own(PyObject_CallNoArgs(torch.is_grad_enabled)).ptr() != Py_False) return later(args, count);
     const Ref saved = own(PyObject_GetAttr(args[0], torch.saved_tensors));
     if (!saved) return nullptr;
+    const Ref remembered = own(PyObject_GetAttr(args[0], torch.remembered));
+    if (!remembered) return nullptr;
     PyObject* given[MOST_ARGUMENTS];
-    int next = 0;
-    for (size_t i = 0; i < takes_.size(); ++i)
-      given[i] = takes_[i].kind == 'g' ? args[1 + takes_[i].index] : item(saved, next++);
-    const Ref outputs = own(backward_(given, (Py_ssize_t)takes_.size(), isa));
+    int next = 0, next_number = 0;
+    for (size_t i = 0; i < takes_.size(); ++i) {
+      if (takes_[i].kind == 'g') given[i] = args[1 + takes_[i].index];
+      else given[i] = takes_[i].kind == 'n' ? item(remembered, next_number++) : item(saved, next++);
+    }
+    const bool last = item(remembered, numbers_) == Py_True && own(PyObject_CallNoArgs(torch.graph_is_kept)).ptr() == Py_False;
+    const Ref outputs = own((last ? final_ : backward_)(given, (Py_ssize_t)takes_.size(), isa));
     if (!outputs || !PyTuple_Check(outputs.ptr())) return outputs ? later(args, count) : nullptr;
     PyObject* gradients = PyTuple_New(forward_.inputs());
     for (int i = 0; i < forward_.inputs(); ++i) {
@@ -385,12 +422,25 @@ class Record {
 
   static PyObject* item(const Ref& tuple, int index) { return PyTuple_GET_ITEM(tuple.ptr(), index); }
 
+  // On the context: the numbers that the backward pass needs, and whether what is saved is nobody else's. Hooks may hold it.
+  bool remember(PyObject* context, PyObject* const* args) const {
+    const Torch& torch = Torch::get();
+    const Ref hooks = own(PyObject_CallOneArg(torch.hooks_of_saved, Py_False));
+    const Ref tuple = own(PyTuple_New(numbers_ + 1));
+    if (!hooks || !tuple) return false;
+    int next = 0;
+    for (const Place& place : takes_)
+      if (place.kind == 'n') PyTuple_SET_ITEM(tuple.ptr(), next++, Py_NewRef(args[place.index]));
+    PyTuple_SET_ITEM(tuple.ptr(), next, Py_NewRef(hooks.is_none() ? Py_True : Py_False));
+    return PyObject_SetAttr(context, torch.remembered, tuple.ptr()) == 0;
+  }
+
   PyObject* later(PyObject* const* args, Py_ssize_t count) const {
     return PyObject_Vectorcall(longer_.ptr(), args, (size_t)count, nullptr);
   }
 
-  Launch plain_, forward_, backward_;
-  int returns_;
+  Launch plain_, forward_, backward_, final_;
+  int returns_, numbers_ = 0;
   std::vector<Place> takes_, gives_;
   py::object apply_, longer_;
 };

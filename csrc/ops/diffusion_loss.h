@@ -59,14 +59,14 @@ inline void diffusion_loss_fwd_as(int64_t rows, int64_t event, int64_t channels,
   delete[] partial;
 }
 
-// grad_x0 may be null: it is not wanted.
+// grad_loss may be null: no gradient came; so may grad_x0: it is not wanted. grad_model_out may be the memory of slope.
 template <class T>
 INLINE void diffusion_loss_bwd_as(int64_t rows, int64_t event, const float* slope, Rows coefficients, Weights weights,
                                   const float* grad_loss, T* grad_model_out, T* grad_x0, int64_t threads) {
   Tiling(rows, event).run(threads, [&](const Tile& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t row = tile.row + r, base = row * event + tile.begin;
-      const float factor = (float)(weights[row] * grad_loss[row]);
+      const float factor = grad_loss ? (float)(weights[row] * grad_loss[row]) : 0.0f;
       const vf by_model_out = splat(factor), by_x0 = splat(-coefficients[row][2] * factor);
       for_blocks(tile.count, [&](int64_t i, int64_t n) {
         const vf s = block_load(slope + base + i, n);
@@ -77,11 +77,12 @@ INLINE void diffusion_loss_bwd_as(int64_t rows, int64_t event, const float* slop
   });
 }
 
-// huber: 0 squares the error; scale: what the sums are multiplied by beside the weights.
+// huber: 0 squares the error; factor: what the means are multiplied by beside the weights. The mean of no elements is NaN.
 inline void diffusion_loss_fwd(int64_t dtype, int64_t rows, int64_t event, int64_t channels, const void* model_out,
                                const void* x0, const float* coefficients, int64_t stride, const int64_t* key, int64_t keys,
-                               const float* given, const float* weight, int64_t weight_stride, double scale, int64_t huber,
+                               const float* given, const float* weight, int64_t weight_stride, double factor, int64_t huber,
                                double delta, float* loss, float* slope, int64_t fast, int64_t threads) {
+  const double scale = event ? factor / (double)event : NAN;
   const auto run = [&](auto* t) {
     using T = typename Pointee<decltype(t)>::type;
     const auto as = huber ? diffusion_loss_fwd_as<true, T> : diffusion_loss_fwd_as<false, T>;
@@ -92,8 +93,9 @@ inline void diffusion_loss_fwd(int64_t dtype, int64_t rows, int64_t event, int64
 }
 
 inline void diffusion_loss_bwd(int64_t dtype, int64_t rows, int64_t event, const float* slope, const float* coefficients,
-                               int64_t stride, const float* weight, int64_t weight_stride, double scale,
+                               int64_t stride, const float* weight, int64_t weight_stride, double factor, int64_t huber,
                                const float* grad_loss, void* grad_model_out, void* grad_x0, int64_t threads) {
+  const double scale = (huber ? factor : 2 * factor) / (double)max(event, 1);
   const auto run = [&](auto* t) {
     using T = typename Pointee<decltype(t)>::type;
     diffusion_loss_bwd_as<T>(rows, event, slope, Rows{coefficients, stride}, Weights{weight, weight_stride, scale},

@@ -54,32 +54,79 @@ INLINE void store_columns(float* p, int64_t columns, const vf* values) {
   }
 }
 
+// e^x for |x| <= 80; NaN stays NaN. The relative error is 1e-7, and 1.3e-8 |x|.
+template <int V>
+INLINE void exp_within(const vf* x, vf* e) {
+  if constexpr (LANES == 1) return exp_bounded<V>(x, e);  // without fused operations it would be worse
+  const vf magic = splat(12582912.0f), rate = splat(1.44269504f);  // 1.5 * 2^23: adding it rounds to an integer
+  vf n[V], f[V], p[V];
+  for (int k = 0; k < V; ++k) n[k] = pinned(fma(x[k], rate, magic));
+  for (int k = 0; k < V; ++k) n[k] = pinned(n[k] - magic);
+  for (int k = 0; k < V; ++k) f[k] = pinned(fma(x[k], rate, -n[k]));
+  polynomial<V>(EXP2_COEFFICIENTS, f, p);
+  for (int k = 0; k < V; ++k) {
+#if defined(__AVX512F__)
+    e[k] = times_power_of_2(p[k], n[k]);
+#else
+    e[k] = p[k] * bits<vf>(bits<vu>(to_int(n[k]) + 127) << 23);
+#endif
+  }
+}
+
+// log x of positive normal numbers; infinite and NaN stay so.
+INLINE vf log_of_positive(vf x) {
+  const vi k = bits<vi>(bits<vu>(x) - SQRT_HALF) >> 23;
+  const vf f = bits<vf>(bits<vu>(x) - (bits<vu>(k) << 23)) - 1.0f;
+  const vf y = log_of_parts(f, k);
+  return x < INFINITY ? y : x;
+}
+
+// log(1 + x) for x in [0, 1].
+INLINE vf log1p_of_share(vf x) {
+  const auto upper = x > 0.41421354f;
+  return log_of_parts(upper ? fma(x, splat(0.5f), splat(-0.5f)) : x, upper ? splat_i(1) : splat_i(0));
+}
+
+// The larger of |a| and |b|; |a| or |b| where the other is NaN, on some machines.
+INLINE vf larger_magnitude(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_range_ps((__mmask16)-1, (__m512)a, (__m512)b, 11);
+#else
+  return larger(abs(a), abs(b));
+#endif
+}
+
 // The exponentials behind a softmax and the reciprocal of their sum. zuko clips the parameters softly: `clip`, where it is
 // wanted, gets the factors.
 template <int BINS, bool Zuko>
 INLINE vf exponentials(const float* p, int64_t bins, vf* e, vf* clip) {
   const int64_t n = BINS ? BINS : bins;
   load_columns<BINS>(p, bins, e);
-  vf shift{};
-  if constexpr (!Zuko) {  // to be subtracted only where the exponentials would leave the range: subtracting rounds
-    vf most = e[0];
+  if constexpr (!Zuko) {
+    vf furthest{};
 #pragma GCC unroll 8
-    for (int64_t k = 1; k < n; ++k) most = larger(most, e[k]);
-    shift = abs(most) > 60.0f ? most : shift;
-  }
-  vf total{};
-#pragma GCC unroll 8
-  for (int64_t k = 0; k < n; ++k) {
-    if constexpr (Zuko) {
-      const vf factor = reciprocal(fma(abs(e[k]), splat(2.0f * SOFT_CLIP), splat(1.0f)));
-      if (clip) clip[k] = factor;
-      e[k] = exp_bounded(e[k] * factor);
-    } else {
-      e[k] = exp_bounded(e[k] - shift);
+    for (int64_t k = 0; k < n; ++k) furthest = larger_magnitude(furthest, e[k]);
+    const auto far = furthest > 60.0f;
+    if (any(far)) {  // there alone: subtracting the largest rounds
+      vf most = e[0];
+      for (int64_t k = 1; k < n; ++k) most = larger(most, e[k]);
+      for (int64_t k = 0; k < n; ++k) e[k] = far ? at_least(e[k] - most, -80.0f) : e[k];
     }
-    total = total + e[k];
   }
-  return 1.0f / total;
+  constexpr int STEP_OF_BINS = BINS % 4 == 0 && BINS ? 4 : 1;
+  vf total{};
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < n; k += STEP_OF_BINS) {
+    if constexpr (Zuko)
+      for (int j = 0; j < STEP_OF_BINS; ++j) {
+        const vf factor = reciprocal(fma(abs(e[k + j]), splat(2.0f * SOFT_CLIP), splat(1.0f)));
+        if (clip) clip[k + j] = factor;
+        e[k + j] = e[k + j] * factor;
+      }
+    exp_within<STEP_OF_BINS>(e + k, e + k);
+    for (int j = 0; j < STEP_OF_BINS; ++j) total = total + e[k + j];
+  }
+  return reciprocal(total);
 }
 
 // The bin that an element falls in: along the axis that is searched and along the other one, where it begins and how far it
@@ -128,17 +175,21 @@ INLINE Bin find(const Spline& s, vf x, const vf* e, vf inverse, const vf* other,
   return bin;
 }
 
-// Derivative of a parameter; `slope`, where it is wanted, gets d derivative / d parameter.
-template <bool Zuko>
-INLINE vf derivative(vf u, vf* slope) {
+// Derivatives of V parameters; `slope`, where it is wanted, gets d derivative / d parameter.
+template <bool Zuko, int V>
+INLINE void derivatives_of(const vf* u, vf* d, vf* slope) {
+  vf e[V];
   if constexpr (Zuko) {
-    const vf factor = reciprocal(fma(abs(u), splat(SOFT_CLIP), splat(1.0f)));
-    const vf d = exp_bounded(u * factor);
-    if (slope) *slope = d * factor * factor;
-    return d;
+    vf factor[V];
+    for (int k = 0; k < V; ++k) factor[k] = reciprocal(fma(abs(u[k]), splat(SOFT_CLIP), splat(1.0f)));
+    for (int k = 0; k < V; ++k) e[k] = u[k] * factor[k];
+    exp_within<V>(e, d);
+    for (int k = 0; slope && k < V; ++k) slope[k] = d[k] * factor[k] * factor[k];
   } else {
-    if (slope) *slope = sigmoid(u);
-    return LEAST + softplus(u);
+    for (int k = 0; k < V; ++k) e[k] = -at_most(abs(u[k]), 80.0f);
+    exp_within<V>(e, e);
+    for (int k = 0; k < V; ++k) d[k] = LEAST + ((u[k] < 0.0f ? splat(0.0f) : u[k]) + log1p_of_share(e[k]));
+    for (int k = 0; slope && k < V; ++k) slope[k] = (u[k] < 0.0f ? e[k] : splat(1.0f)) * reciprocal(1.0f + e[k]);
   }
 }
 
@@ -148,20 +199,24 @@ struct Point {
   vf out, derivative;  // of the spline, whichever way it was asked for
 };
 
-template <bool Zuko>
-INLINE Point locate(const Spline& s, vf x, const Bin& bin, vf d0, vf d1) {
-  Point p;
-  p.d0 = d0, p.d1 = d1;
-  p.width = s.inverse ? bin.other_length : bin.length;
-  p.height = s.inverse ? bin.length : bin.other_length;
-  p.slope = p.height / p.width;
-  // the last bin is measured from its end, which is at the bound exactly
-  const vf part = (bin.last ? s.bound - x : x - bin.from) / bin.length;
-  const vf near = part < 0.0f ? splat(0.0f) : part > 1.0f ? splat(1.0f) : part, far = 1.0f - near;
-  p.theta = bin.last ? far : near;
-  p.phi = bin.last ? near : far;
-  if (s.inverse) {
-    const vf begin = d0 * p.phi, end = d1 * p.theta, twice = 2.0f * p.slope;
+// V of them, whose derivatives are known, in step: one alone would wait for its own divisions.
+template <int V>
+INLINE void locate(const Spline& s, const vf* x, const Bin* bins, Point* points) {
+  for (int k = 0; k < V; ++k) {
+    Point& p = points[k];
+    const Bin& bin = bins[k];
+    p.width = s.inverse ? bin.other_length : bin.length;
+    p.height = s.inverse ? bin.length : bin.other_length;
+    p.slope = p.height / p.width;
+    // the last bin is measured from its end, which is at the bound exactly
+    const vf part = (bin.last ? s.bound - x[k] : x[k] - bin.from) / bin.length;
+    const vf near = part < 0.0f ? splat(0.0f) : part > 1.0f ? splat(1.0f) : part, far = 1.0f - near;
+    p.theta = bin.last ? far : near;
+    p.phi = bin.last ? near : far;
+  }
+  for (int k = 0; s.inverse && k < V; ++k) {
+    Point& p = points[k];
+    const vf begin = p.d0 * p.phi, end = p.d1 * p.theta, twice = 2.0f * p.slope;
     const vf difference = begin - end;
     const vf root = sqrt(fma(difference, difference, twice * twice * p.theta * p.phi)) + abs(difference);
     const vi rising = difference < 0.0f;
@@ -170,18 +225,24 @@ INLINE Point locate(const Spline& s, vf x, const Bin& bin, vf d0, vf d1) {
     p.theta = rising ? major : minor;
     p.phi = rising ? minor : major;
   }
-  const vf q = p.theta * p.phi, theta2 = p.theta * p.theta, phi2 = p.phi * p.phi;
-  p.numerator = fma(p.slope, theta2, d0 * q);
-  p.rest = fma(p.slope, phi2, d1 * q);
-  p.per_denominator = 1.0f / (p.numerator + p.rest);
-  p.curve = fma(d1, theta2, fma(d0, phi2, 2.0f * p.slope * q));
-  const vf ratio = p.slope * p.per_denominator;
-  p.derivative = p.curve * ratio * ratio;
-  const vf length = bin.other_length;
-  const vf share = s.inverse ? p.theta : p.numerator * p.per_denominator;
-  const vf missing = s.inverse ? p.phi : p.rest * p.per_denominator;
-  p.out = bin.last ? s.bound - length * missing : fma(length, share, bin.other_from);
-  return p;
+  for (int k = 0; k < V; ++k) {
+    Point& p = points[k];
+    const vf q = p.theta * p.phi, theta2 = p.theta * p.theta, phi2 = p.phi * p.phi;
+    p.numerator = fma(p.slope, theta2, p.d0 * q);
+    p.rest = fma(p.slope, phi2, p.d1 * q);
+    p.per_denominator = 1.0f / (p.numerator + p.rest);
+    p.curve = fma(p.d1, theta2, fma(p.d0, phi2, 2.0f * p.slope * q));
+  }
+  for (int k = 0; k < V; ++k) {
+    Point& p = points[k];
+    const Bin& bin = bins[k];
+    const vf ratio = p.slope * p.per_denominator;
+    p.derivative = p.curve * ratio * ratio;
+    const vf length = bin.other_length;
+    const vf share = s.inverse ? p.theta : p.numerator * p.per_denominator;
+    const vf missing = s.inverse ? p.phi : p.rest * p.per_denominator;
+    p.out = bin.last ? s.bound - length * missing : fma(length, share, bin.other_from);
+  }
 }
 
 template <bool Zuko>
@@ -189,10 +250,35 @@ INLINE vi outside(const Spline& s, vf x) {
   return Zuko ? (x <= -s.bound) | (x > s.bound) : (x < -s.bound) | (x > s.bound);
 }
 
+template <int V>
+struct Together {
+  static constexpr int value = V;
+};
+// body(block, Together<V>) for blocks [block, block + V): two as long as there are two.
+template <class Body>
+INLINE void in_pairs(int64_t blocks, Body&& body) {
+  int64_t block = 0;
+  for (; block + 2 <= blocks; block += 2) body(block, Together<2>{});
+  if (block < blocks) body(block, Together<1>{});
+}
+
 // Storage of n vectors: in registers or on the stack where the compiler knows their number, else in `scratch`.
 #define VECTORS(name, n, scratch) \
   vf name##_[BINS ? n : 1];       \
   vf* const name = BINS ? name##_ : scratch
+
+// The bins of the LANES elements x.
+template <int BINS, bool Zuko>
+INLINE Bin bin_of(const Spline& s, vf x, const float* searched, const float* followed, const float* derivatives, vf* scratch) {
+  const int64_t n = BINS ? BINS : s.bins;
+  VECTORS(e, BINS, scratch);
+  VECTORS(other, BINS, scratch + n);
+  VECTORS(u, BINS, scratch + 2 * n);
+  const vf inverse = exponentials<BINS, Zuko>(searched, n, e, nullptr);
+  const vf other_inverse = exponentials<BINS, Zuko>(followed, n, other, nullptr);
+  load_columns<BINS ? BINS - 1 : 0>(derivatives, n - 1, u);
+  return find<BINS, Zuko>(s, x, e, inverse, other, other_inverse, u);
+}
 
 // `blocks` times LANES elements.
 template <int BINS, bool Zuko>
@@ -201,22 +287,28 @@ static void rq_spline_fwd_blocks(int64_t blocks, const Spline& s, const float* x
   const int64_t n = BINS ? BINS : s.bins;
   const float* searched = s.inverse ? heights : widths;
   const float* followed = s.inverse ? widths : heights;
-  for (int64_t i = 0; i < blocks * LANES; i += LANES) {
-    VECTORS(e, BINS, scratch);
-    VECTORS(other, BINS, scratch + n);
-    VECTORS(u, BINS, scratch + 2 * n);
-    const vf inverse = exponentials<BINS, Zuko>(searched + i * n, n, e, nullptr);
-    const vf other_inverse = exponentials<BINS, Zuko>(followed + i * n, n, other, nullptr);
-    load_columns<BINS ? BINS - 1 : 0>(derivatives + i * (n - 1), n - 1, u);
-    const vf given = load<vf>(x + i);
-    const vi tail = outside<Zuko>(s, given);
-    const Bin bin = find<BINS, Zuko>(s, given, e, inverse, other, other_inverse, u);
-    const Point p =
-        locate<Zuko>(s, given, bin, derivative<Zuko>(bin.first, nullptr), derivative<Zuko>(bin.second, nullptr));
-    const vf slope = log(p.derivative);
-    store(y + i, tail ? given : p.out);
-    store(log_det + i, tail ? vf{} : s.inverse ? -slope : slope);
-  }
+  in_pairs(blocks, [&](int64_t block, auto width) INLINED {
+    constexpr int V = decltype(width)::value;
+    const int64_t first = block * LANES;
+    vf given[V], u[2 * V], d[2 * V];
+    Bin bins[V];
+    Point p[V];
+    for (int k = 0; k < V; ++k) {
+      const int64_t i = first + k * LANES;
+      given[k] = load<vf>(x + i);
+      bins[k] = bin_of<BINS, Zuko>(s, given[k], searched + i * n, followed + i * n, derivatives + i * (n - 1), scratch);
+      u[2 * k] = bins[k].first, u[2 * k + 1] = bins[k].second;
+    }
+    derivatives_of<Zuko, 2 * V>(u, d, nullptr);
+    for (int k = 0; k < V; ++k) p[k].d0 = d[2 * k], p[k].d1 = d[2 * k + 1];
+    locate<V>(s, given, bins, p);
+    for (int k = 0; k < V; ++k) {
+      const vi tail = outside<Zuko>(s, given[k]);
+      const vf slope = log_of_positive(p[k].derivative);
+      store(y + first + k * LANES, tail ? given[k] : p[k].out);
+      store(log_det + first + k * LANES, tail ? vf{} : s.inverse ? -slope : slope);
+    }
+  });
 }
 
 // grad_log_det holds the gradient of its row for every element. With Rebuild, x is the output of the spline, whose input goes to
@@ -248,15 +340,18 @@ static void rq_spline_bwd_blocks(int64_t blocks, const Spline& s, const float* x
     const vf by_out = load<vf>(grad_y + i);
     const vf by_y = tail ? vf{} : by_out, by_log = tail ? vf{} : load<vf>(grad_log_det + i);
     const Bin bin = find<BINS, Zuko>(s, given, e, inverse, other, other_inverse, u);
-    vf slope0, slope1;
-    const vf d0 = derivative<Zuko>(bin.first, &slope0), d1 = derivative<Zuko>(bin.second, &slope1);
-    const Point p = locate<Zuko>(s, given, bin, d0, d1);
+    const vf parameters[2] = {bin.first, bin.second};
+    vf d[2], slopes[2];
+    derivatives_of<Zuko, 2>(parameters, d, slopes);
+    Point p;
+    const vf d0 = p.d0 = d[0], d1 = p.d1 = d[1];
+    locate<1>(s, &given, &bin, &p);
 
     // log derivative: A = log(slope^2 curve / denominator^2), with its derivatives in theta, slope, d0, d1
-    const vf per_width = 1.0f / p.width, per_curve = 1.0f / p.curve, per = p.per_denominator;
+    const vf per_width = reciprocal(p.width), per_curve = reciprocal(p.curve), per = p.per_denominator;
     const vf q = p.theta * p.phi, theta2 = p.theta * p.theta, phi2 = p.phi * p.phi, skew = p.phi - p.theta;
     const vf log_theta = 2.0f * ((fma(p.slope, skew, d1 * p.theta - d0 * p.phi)) * per_curve - (d0 + d1 - 2.0f * p.slope) * skew * per);
-    const vf log_slope = 2.0f * q * fma((d0 + d1) * per, 1.0f / p.slope, per_curve);
+    const vf log_slope = 2.0f * q * fma((d0 + d1) * per, reciprocal(p.slope), per_curve);
     const vf log_d0 = fma(phi2, per_curve, -2.0f * q * per), log_d1 = fma(theta2, per_curve, -2.0f * q * per);
     const vf rise = p.derivative * p.width;  // d y / d theta
     vf a = by_y, b = by_log, by_theta, by_x;
@@ -271,7 +366,7 @@ static void rq_spline_bwd_blocks(int64_t blocks, const Spline& s, const float* x
     }
     const vf scaled = a * p.height * q * per * per;
     const vf by_slope = fma(scaled, d1 * theta2 - d0 * phi2, b * log_slope);
-    const vf by_u0 = slope0 * fma(scaled, p.rest, b * log_d0), by_u1 = slope1 * fma(-scaled, p.numerator, b * log_d1);
+    const vf by_u0 = slopes[0] * fma(scaled, p.rest, b * log_d0), by_u1 = slopes[1] * fma(-scaled, p.numerator, b * log_d1);
     const vf by_height = fma(a, p.numerator * per, by_slope * per_width);
     const vf by_width = -fma(by_slope, p.slope, by_theta * p.theta) * per_width;
     const vf by_left = -by_theta * per_width;  // a moves the lower knot

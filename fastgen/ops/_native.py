@@ -130,20 +130,24 @@ class Launch:
     ======================  =============================================================================================
     dtype, rows, event      storage code of the first tensor, its samples, the elements of one
     channels                0, or the channels of the first tensor where it lies in memory channels last
+    bins                    the last dimension of the tensors that are binned
     threads, null, 0 ..     PyTorch's number of threads; a null pointer; the whole number as it stands
     like, wide, row         a tensor given by the caller: as the first; its shape in float32; [samples] in float32
     like?                   the same as like, or None
+    binned, knots           the first tensor's shape and one more dimension, that of the bins or of the knots between them
     weights                 [samples] or [] in float32, and its number of dimensions: two arguments
     history                 [H, ...], H tensors like the first, and H: two arguments
     table4                  coefficients in float32, [4] or [samples, 4], and the distance of two rows, 0 or 4: two arguments
     table5                  the same with 5 + H columns, H being that of the history before it
     key                     a key, [4] or [samples, 4], and its number of rows: two arguments
     flag, number            a bool, a float given by the caller
-    >like, >wide, >row      the same, allocated here and returned
+    >like, >wide, >row ..   the same (like, binned, knots, wide, row), allocated here and returned
+    >first                  the first tensor given, written over and returned
     ======================  =============================================================================================
 
-    A tensor given may be None, a null pointer, unless the word is like or a table. The caller gives dense tensors on the CPU
-    that fit.
+    A tensor given may be None, a null pointer, unless the word is like, binned, knots or a table. The caller gives dense
+    tensors on the CPU that fit. Gradients are recorded for like, like?, binned, knots and history: whatever else is given is a
+    constant for autograd.
     """
 
     def __init__(self, name: str, plan: str) -> None:
@@ -178,9 +182,18 @@ class Launch:
         fixed = {"dtype": DTYPES[first.dtype], "rows": rows, "threads": torch.get_num_threads(), "null": None}
         fixed["event"] = first.numel() // rows if rows else math.prod(first.shape[1:])
         fixed["channels"] = first.shape[1] if not first.is_contiguous() else 0
+        split: dict[str, Any] = {}
         for word in self.words:
             if word in fixed or word.isdecimal():
                 flat.append(fixed[word] if word in fixed else int(word))
+            elif word == "bins":
+                flat.append(None)  # the last of the plan's sizes to be known
+            elif word[1:] in split:
+                outputs.append(torch.empty_like(split[word[1:]]))
+                flat.append(outputs[-1])
+            elif word == ">first":
+                outputs.append(first)
+                flat.append(first)
             elif word.startswith(">"):
                 like = first.new_empty(rows, dtype=torch.float32) if word == ">row" else torch.empty_like(first)
                 outputs.append(like.float() if word == ">wide" else like)
@@ -188,6 +201,8 @@ class Launch:
             else:
                 value = next(given)
                 flat.append(value)
+                if word in ("binned", "knots"):
+                    split[word] = value
                 if word == "key":
                     flat.append(0 if value is None else value.numel() // 4)
                 elif word == "weights":
@@ -196,6 +211,8 @@ class Launch:
                     flat.append(0 if value is None else len(value))
                 elif word in ("table4", "table5"):
                     flat.append(0 if value.dim() == 1 else value.shape[1])
+        if split:
+            flat[self.words.index("bins")] = split["binned"].shape[-1]
         kernel(self.name)(*flat)
         return tuple(outputs)
 
@@ -216,12 +233,15 @@ class Record:
         forward: the launch where there is, given the same; it may put out more, to be kept.
         backward: the launch of the backward pass.
         takes: what ``backward`` is given, a word each: "i0" the first argument of ``forward``, "o2" its third output, "g1" the
-            gradient of its second output. The first two kinds are what is saved, in this order.
+            gradient of its second output, "n3" its fourth argument, a number. The first two kinds are what is saved, in this
+            order.
         gives: the gradients of the arguments of ``forward``, from the first on: "o0" the first output of ``backward``, "g0" the
             gradient of the first output as it came. Those left out get none.
         returns: how many outputs of ``forward`` the caller sees.
         longer: ``longer(ctx, *grads)``, the backward pass in Python, what was saved in ``ctx.saved_tensors``: for gradients
-            that are not dense, and where the backward pass is to be differentiated.
+            that are not dense, and where the backward pass is to be differentiated. The numbers are in ``ctx.remembered``.
+        final: the launch of the backward pass where the graph is not kept for another: it may write over what ``forward`` put
+            out and saved, which nobody will read again.
     """
 
     def __init__(
@@ -234,8 +254,9 @@ class Record:
         gives: str,
         returns: int,
         longer: Callable[..., tuple[Any, ...]],
+        final: Launch | None = None,
     ) -> None:
-        self._launches, self._rest = (plain, forward, backward), (returns, takes, gives)
+        self._launches, self._rest = (plain, forward, backward, final or backward), (returns, takes, gives)
         self._longer = longer
 
     def _apply_of(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -38,9 +38,12 @@ __all__ = ["KINDS", "diffusion_loss", "diffusion_loss_reference"]
 KINDS = ("mse", "huber")
 
 
-def _check(model_out: Tensor, x0: Tensor, key: Tensor | None, noise: Tensor | None, kind: str, delta: float) -> None:
+def _check_shapes(model_out: Tensor, x0: Tensor) -> None:
     if isinstance(model_out, Tensor) and isinstance(x0, Tensor) and model_out.shape != x0.shape:
         raise ValueError(f"model_out must have the shape of x0, {tuple(x0.shape)}, got {tuple(model_out.shape)}")
+
+
+def _check_options(key: Tensor | None, noise: Tensor | None, kind: str, delta: float) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not (delta > 0 and isfinite(delta)):
@@ -76,7 +79,8 @@ def diffusion_loss_reference(
     noise: Tensor | None = None,
 ) -> Tensor:
     """:func:`diffusion_loss` in plain PyTorch."""
-    _check(model_out, x0, key, noise, kind, delta)
+    _check_options(key, noise, kind, delta)
+    _check_shapes(model_out, x0)
     model_out, x0 = _checks.common(model_out=model_out, x0=x0)
     _, _, c, d = _checks.coefficient_rows(coefficients, 4, x0).reshape(-1, 4, *[1] * (x0.dim() - 1)).unbind(1)
     if noise is None:
@@ -95,10 +99,28 @@ _forward_cpp = _native.Launch("diffusion_loss_fwd", _PLAN.format(slope="null"))
 _forward_cpp_keeping = _native.Launch("diffusion_loss_fwd", _PLAN.format(slope=">wide"))
 
 
-def _mean(model_out: Tensor, factor: float) -> float:
-    """What the sum over the event of a sample is multiplied by."""
-    event = _checks.as_rows(model_out)[1]
-    return factor / event if event else float("nan")
+def _record(huber: bool, with_x0: bool) -> _native.Record:
+    """For float32 alone, where the gradient of ``model_out`` may be written over the slope."""
+    plan = f"dtype rows event like table4 weights number {int(huber)} row {{}} {'>like' if with_x0 else 'null'} threads"
+
+    def longer(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.factor, ctx.huber, ctx.with_x0 = ctx.remembered[0], huber, with_x0
+        ctx.dtype, ctx.backend = torch.float32, "cpp"
+        return _DiffusionLoss.backward(ctx, grad_loss)[:10]
+
+    return _native.Record(
+        _forward_cpp,
+        _forward_cpp_keeping,
+        _native.Launch("diffusion_loss_bwd", plan.format(">like")),
+        final=_native.Launch("diffusion_loss_bwd", plan.format(">first")),
+        takes="o1 i2 i5 n6 g0",
+        gives="o0 o1" if with_x0 else "o0",
+        returns=1,
+        longer=longer,
+    )
+
+
+_records = {(huber, with_x0): _record(huber, with_x0) for huber in (False, True) for with_x0 in (False, True)}
 
 
 def _forward(
@@ -115,14 +137,14 @@ def _forward(
     fast: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    scale = _mean(model_out, factor)
     if backend == "cpp":
         launch = _forward_cpp_keeping if keep else _forward_cpp
-        return launch(model_out, x0, coefficients, key, noise, weight, scale, huber, delta, fast)
+        return launch(model_out, x0, coefficients, key, noise, weight, factor, huber, delta, fast)
     loss = _checks.per_sample(model_out)
     slope = torch.empty_like(model_out, dtype=torch.float32) if keep else None
     rows, event = _checks.as_rows(model_out)
     channels = model_out.shape[1] if _checks.is_channels_last(model_out) else 0
+    scale = factor / event if event else float("nan")
     _dispatch.triton_module("diffusion_loss").diffusion_loss_fwd(
         rows, event, channels, model_out, x0, coefficients, key, noise, weight, scale, huber, delta, loss, slope, fast
     )
@@ -142,14 +164,14 @@ def _backward(
 ) -> list[Tensor]:
     grads = [torch.empty_like(slope, dtype=dtype) for _ in range(1 + with_x0)]
     rows, event = _checks.as_rows(slope)
-    scale = (factor if huber else 2 * factor) / max(event, 1)
     grad_model_out, grad_x0 = grads[0], grads[1] if with_x0 else None
     if backend == "cpp":
         _native.kernel("diffusion_loss_bwd")(
             _native.DTYPES[dtype], rows, event, slope, coefficients, 0 if coefficients.dim() == 1 else 4, weight,
-            0 if weight is None else weight.dim(), scale, grad_loss, grad_model_out, grad_x0, torch.get_num_threads(),
+            0 if weight is None else weight.dim(), factor, huber, grad_loss, grad_model_out, grad_x0, torch.get_num_threads(),
         )  # fmt: skip
     else:
+        scale = (factor if huber else 2 * factor) / max(event, 1)
         _dispatch.triton_module("diffusion_loss").diffusion_loss_bwd(
             rows, event, slope, coefficients, weight, scale, grad_loss, grad_model_out, grad_x0
         )
@@ -221,9 +243,6 @@ class _DiffusionLoss(torch.autograd.Function):
         return grads[0], grads[1] if ctx.with_x0 else None, *[None] * 10
 
 
-_apply = _native.applier(_DiffusionLoss)
-
-
 def diffusion_loss(
     model_out: Tensor,
     x0: Tensor,
@@ -265,15 +284,17 @@ def diffusion_loss(
     >>> x_t, _ = diffuse(x0, row, key, target=False)
     >>> diffusion_loss(model(x_t), x0, row, key).mean().backward()
     """
-    _check(model_out, x0, key, noise, kind, delta)
+    _check_options(key, noise, kind, delta)
     huber, fast = kind == "huber", _dispatch.launch_mode(backend, math)
-    if fast is not None and weight is None and isinstance(model_out, Tensor) and model_out.dim():
-        made = _forward_cpp.attempt(model_out, x0, coefficients, key, noise, None, _mean(model_out, 1.0), huber, delta, fast)
-        if made:
-            return made[0]
-        if made is False and (model_out.requires_grad or x0.requires_grad):
-            with_x0 = x0.requires_grad
-            return _apply(model_out, x0, coefficients, key, noise, None, 1.0, huber, delta, with_x0, fast, "cpp")
+    if fast is not None and weight is None and isinstance(model_out, Tensor) and isinstance(x0, Tensor):
+        arguments = (model_out, x0, coefficients, key, noise, None, 1.0, huber, delta, fast)
+        if model_out.dtype is torch.float32:
+            made = _records[huber, x0.requires_grad].attempt(*arguments)
+        else:
+            made = _forward_cpp.attempt(*arguments)
+        if made is not None and made is not False:
+            return made if isinstance(made, Tensor) else made[0]
+    _check_shapes(model_out, x0)
     model_out, x0 = _checks.common(model_out=model_out, x0=x0)
     channels_last = _checks.is_channels_last(model_out)
     rows = _checks.coefficient_rows(coefficients, 4, x0)

@@ -138,17 +138,20 @@ def prepare(
     x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float, convention: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tensors in one dtype, the parameters expanded to the shape of x; everything checked."""
+    _check_options(widths, bound, convention)
+    values = (x, widths, heights, derivatives)
+    if type(x) is not Tensor or not _alike(values):
+        values = _unify(*values)
+    return values
+
+
+def _check_options(widths: Tensor, bound: float, convention: str) -> None:
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
     if not 0 < bound < math.inf:
         raise ValueError(f"bound must be positive and finite, got {bound!r}")
-    values = (x, widths, heights, derivatives)
-    if type(x) is not Tensor or not _alike(values):
-        values = _unify(*values)
-        widths = values[1]
-    if convention == "nflows" and widths.shape[-1] * LEAST > 1:
+    if convention == "nflows" and isinstance(widths, Tensor) and widths.dim() and widths.shape[-1] * LEAST > 1:
         raise ValueError(f"widths: the nflows convention takes {1 / LEAST:.0f} bins at most, got {widths.shape[-1]}")
-    return values
 
 
 def _alike(values: tuple[Tensor, Tensor, Tensor, Tensor]) -> bool:
@@ -183,6 +186,31 @@ def _unify(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> t
     return x, widths, heights, derivatives
 
 
+class _Kernels(NamedTuple):
+    """The C++ kernels of one direction and convention."""
+
+    forward: _native.Launch
+    backward: _native.Launch
+    record: _native.Record
+
+
+def _kernels(inverse: bool, zuko: bool) -> _Kernels:
+    given, options = "dtype rows event bins like binned binned knots", f"number {int(inverse)} {int(zuko)} threads"
+    forward = _native.Launch("rq_spline_fwd", f"{given} >like >row {options}")
+    backward = _native.Launch("rq_spline_bwd", f"{given} like? row >like >binned >binned >knots {options}")
+
+    def longer(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.options = ctx.remembered[0], inverse, zuko, "cpp"
+        return _RQSpline.backward(ctx, *grads)[:5]
+
+    takes, gives = "i0 i1 i2 i3 g0 g1 n4", "o0 o1 o2 o3"
+    record = _native.Record(forward, forward, backward, takes=takes, gives=gives, returns=2, longer=longer)
+    return _Kernels(forward, backward, record)
+
+
+_cpp = {(inverse, zuko): _kernels(inverse, zuko) for inverse in (False, True) for zuko in (False, True)}
+
+
 def _forward(
     x: Tensor,
     widths: Tensor,
@@ -193,17 +221,14 @@ def _forward(
     zuko: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if backend == "cpp":
+        y, log_det = _cpp[inverse, zuko].forward(x, widths, heights, derivatives, bound)
+        return y, log_det
     y, log_det = torch.empty_like(x), _checks.per_sample(x)
     rows, event = _checks.as_rows(x)
-    if backend == "cpp":
-        _native.kernel("rq_spline_fwd")(
-            _native.DTYPES[x.dtype], rows, event, widths.shape[-1], x, widths, heights, derivatives, y, log_det, bound,
-            inverse, zuko, torch.get_num_threads(),
-        )  # fmt: skip
-    else:
-        _dispatch.triton_module("rq_spline").rq_spline_fwd(
-            rows, event, widths.shape[-1], x, widths, heights, derivatives, y, log_det, bound, inverse, zuko
-        )
+    _dispatch.triton_module("rq_spline").rq_spline_fwd(
+        rows, event, widths.shape[-1], x, widths, heights, derivatives, y, log_det, bound, inverse, zuko
+    )
     return y, log_det
 
 
@@ -219,17 +244,16 @@ def _backward(
     zuko: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend == "cpp":
+        by_x, by_widths, by_heights, by_derivatives = _cpp[inverse, zuko].backward(
+            x, widths, heights, derivatives, grad_y, grad_log_det, bound
+        )
+        return by_x, by_widths, by_heights, by_derivatives
     grads = torch.empty_like(x), torch.empty_like(widths), torch.empty_like(heights), torch.empty_like(derivatives)
     rows, event = _checks.as_rows(x)
-    if backend == "cpp":
-        _native.kernel("rq_spline_bwd")(
-            _native.DTYPES[x.dtype], rows, event, widths.shape[-1], x, widths, heights, derivatives, grad_y, grad_log_det,
-            *grads, bound, inverse, zuko, torch.get_num_threads(),
-        )  # fmt: skip
-    else:
-        _dispatch.triton_module("rq_spline").rq_spline_bwd(
-            rows, event, widths.shape[-1], x, widths, heights, derivatives, grad_y, grad_log_det, *grads, bound, inverse, zuko
-        )
+    _dispatch.triton_module("rq_spline").rq_spline_bwd(
+        rows, event, widths.shape[-1], x, widths, heights, derivatives, grad_y, grad_log_det, *grads, bound, inverse, zuko
+    )
     return grads
 
 
@@ -314,12 +338,18 @@ def rq_spline(
     >>> y.shape, log_det.shape
     (torch.Size([8, 2]), torch.Size([8]))
     """
+    _check_options(widths, bound, convention)
+    zuko = convention == "zuko"
+    if _dispatch.launch_mode(backend, None) is not None:
+        made = _cpp[bool(inverse), zuko].record.attempt(x, widths, heights, derivatives, bound)
+        if made:
+            return Splined._make(made)
     x, widths, heights, derivatives = prepare(x, widths, heights, derivatives, bound, convention)
     chosen = _dispatch.choose(SPEC, backend, x)
     if chosen == "reference":
         return rq_spline_reference(x, widths, heights, derivatives, bound=bound, inverse=inverse, convention=convention)
     values = x.contiguous(), widths.contiguous(), heights.contiguous(), derivatives.contiguous()
-    options = float(bound), bool(inverse), convention == "zuko", chosen
+    options = float(bound), bool(inverse), zuko, chosen
     if torch.is_grad_enabled() and any(v.requires_grad for v in values):
         return Splined(*_RQSpline.apply(*values, *options))
     return Splined(*_transform(*values, *options))

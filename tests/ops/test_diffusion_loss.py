@@ -100,6 +100,38 @@ def test_gradient_of_x0_alone(backend):
     torch.testing.assert_close(*pairs)
 
 
+@pytest.mark.parametrize("kind", ["mse", "huber"])
+@pytest.mark.parametrize("with_x0", [False, True])
+def test_gradients_are_the_same_whether_or_not_the_graph_is_kept(kind, with_x0):
+    out, x0 = torch.randn(6, 30, requires_grad=True), torch.randn(6, 30, requires_grad=with_x0)
+    key, rows, weights, wanted = random.key(7), torch.randn(6, 4), torch.rand(6), (out, x0)[: 1 + with_x0]
+    loss = ops.diffusion_loss(out, x0, rows, key, kind=kind, delta=0.7)
+    assert not ops.diffusion_loss(out.detach(), x0.detach(), rows.requires_grad_(), key).requires_grad
+    passes = [torch.autograd.grad(loss, wanted, weights, retain_graph=keep) for keep in (True, True, False)]
+    expected = ops.diffusion_loss(out, x0, rows, key, kind=kind, delta=0.7, backend="reference")
+    for grads in passes:
+        for mine, right in zip(grads, torch.autograd.grad(expected, wanted, weights, retain_graph=True), strict=True):
+            torch.testing.assert_close(mine, right)
+    assert len({grads[0].data_ptr() for grads in passes}) == 3
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, wanted, weights)
+
+
+@pytest.mark.skipif(_native.missing() is not None, reason="needs the C++ kernels")
+def test_the_last_gradient_takes_the_memory_of_the_slope_unless_a_hook_may_hold_it():
+    out, x0, held = torch.randn(6, 30, requires_grad=True), torch.randn(6, 30), []
+    loss = ops.diffusion_loss(out, x0, VELOCITY, random.key(7))
+    memory = loss.grad_fn.saved_tensors[0].data_ptr()
+    (gradient,) = torch.autograd.grad(loss, out, torch.ones(6))
+    assert gradient.data_ptr() == memory
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        loss = ops.diffusion_loss(out, x0, VELOCITY, random.key(7))
+    before = [t.clone() for t in held]
+    assert torch.equal(torch.autograd.grad(loss, out, torch.ones(6))[0], gradient)
+    assert before
+    assert all(map(torch.equal, before, held))
+
+
 def test_half_precision_gradients_survive_large_events():
     """2 / E times an error below float16's range: the scale of a gradient scaler comes in before rounding."""
     x0, rows = torch.zeros(2, 1 << 16).half(), torch.tensor([1.0, 0.0, 0.0, 0.0])

@@ -188,3 +188,32 @@ def test_a_wrong_plan_is_refused(plan, error):
 def test_a_wrong_number_of_arguments_is_refused():
     with pytest.raises(TypeError, match="reparameterize_fwd takes 5 arguments, got 4"):
         _launch().attempt(*_arguments()[:4])
+
+
+SPLINE = "dtype rows event bins like binned binned knots >like >row number 0 0 threads"
+
+
+def _spline_arguments():
+    x, widths, heights, derivatives = (torch.randn(6, 5, *size) for size in ((), (4,), (4,), (3,)))
+    return [x, widths, heights, derivatives, 2.0]
+
+
+def test_binned_tensors():
+    launch, arguments = _native.Launch("rq_spline_fwd", SPLINE), _spline_arguments()
+    outputs = launch.attempt(*arguments)
+    assert [t.shape for t in outputs] == [(6, 5), (6,)]
+    assert all(map(torch.equal, outputs, launch._spelled_out(*arguments)))
+    other = [torch.randn(6, 5, 5), torch.randn(6, 4, 4), torch.randn(6, 4), None, torch.randn(6, 5, 4).double()]
+    for place, values in ((1, other[1:]), (2, other), (3, [torch.randn(6, 5, 4), None])):
+        for value in values:
+            assert launch.attempt(*arguments[:place], value, *arguments[place + 1 :]) is None
+    for place in range(4):
+        assert launch.attempt(*(t.clone().requires_grad_() if i == place else t for i, t in enumerate(arguments))) is False
+
+
+def test_constants_need_no_gradients():
+    launch = _native.Launch("diffuse_fwd", "dtype rows event channels like table4 key wide >like >like flag threads")
+    x0, rows = torch.randn(6, 5), torch.randn(4, requires_grad=True)
+    x_t, target = launch.attempt(x0, rows, None, torch.randn(6, 5, requires_grad=True), False)
+    assert not x_t.requires_grad
+    assert not target.requires_grad
