@@ -144,16 +144,17 @@ struct Layers {
     write_rows(rows_of(tile), in, columns, column, to + tile * TILE_ROWS * columns, columns);
   }
   static INLINE void read_rows(int64_t count, Lines from, int64_t columns, int64_t column, float* out) {
-    for (int64_t r = 0; r < count; ++r)
-      for_pieces(columns, column, [&](int64_t i, int64_t at, int64_t n) {
-        block_store(out + at + r * PANEL, from.first ? block_load(from.from(r).first + i, n) : vf{}, n);
-      });
+    for_pieces(columns, column, [&](int64_t i, int64_t at, int64_t n) INLINED {
+      if (from.first)
+        for (int64_t r = 0; r < count; ++r) block_store(out + at + r * PANEL, block_load(from.first + r * from.pitch + i, n), n);
+      else
+        for (int64_t r = 0; r < count; ++r) block_store(out + at + r * PANEL, vf{}, n);
+    });
   }
   static INLINE void write_rows(int64_t count, const float* in, int64_t columns, int64_t column, float* to, int64_t pitch) {
-    for (int64_t r = 0; r < count; ++r)
-      for_pieces(columns, column, [&](int64_t i, int64_t at, int64_t n) {
-        block_store(to + r * pitch + i, block_load(in + at + r * PANEL, n), n);
-      });
+    for_pieces(columns, column, [&](int64_t i, int64_t at, int64_t n) INLINED {
+      for (int64_t r = 0; r < count; ++r) block_store(to + r * pitch + i, block_load(in + at + r * PANEL, n), n);
+    });
   }
   // body(i, offset in panels of row 0, n) for pieces of at most a vector that lie in one panel
   template <class Body>

@@ -19,12 +19,13 @@ struct Parts {
 // to[r][i] = from[r][i] for `count` rows, plus what lies there where Added.
 template <bool Added = false>
 INLINE void copy_rows(int64_t count, int64_t columns, Lines from, float* to, int64_t pitch) {
-  for (int64_t r = 0; r < count; ++r)
-    for_blocks(columns, [&](int64_t i, int64_t n) {
+  for_blocks(columns, [&](int64_t i, int64_t n) INLINED {
+    for (int64_t r = 0; r < count; ++r) {
       float* at = to + r * pitch + i;
       const vf value = block_load(from.first + r * from.pitch + i, n);
       block_store(at, Added ? block_load(at, n) + value : value, n);
-    });
+    }
+  });
 }
 
 // The moving part of a tile, what the network says of it, and the gradients: [rows][moves] each, dense.
