@@ -18,6 +18,7 @@ from fastgen import ops
 from fastgen.flows.elementwise import Affine, Spline
 from fastgen.flows.transform import Bijection, gradients
 from fastgen.nn.conditioner import MLPConditioner, has_hooks, keep_activations
+from fastgen.ops.perceptron import keeps_hidden
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "SplineCoupling", "halves"]
 
@@ -122,11 +123,11 @@ class AffineCoupling(Coupling):
         return self.elementwise.rebuild(y, parameters, grad_y, grad_ladj)
 
     def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        options = self._in_one_call(x, context)
+        options = None if self._keeps_activations(x) else self._in_one_call(x, context)
         return super().call_and_ladj(x, context) if options is None else ops.perceptron_coupling(x, **options)
 
     def inv_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        options = self._in_one_call(y, context)
+        options = None if self._keeps_activations(y) else self._in_one_call(y, context)
         return super().inv_and_ladj(y, context) if options is None else ops.perceptron_coupling(y, inverse=True, **options)
 
     def rebuild(
@@ -147,6 +148,14 @@ class AffineCoupling(Coupling):
             *of_others, of_context = gradients((added,), [], context, tuple(grad_added), others)[1]
             found.update(zip(others, of_others, strict=True))
         return x, grad_x, [*(found[p] for p in parameters), of_context]
+
+    def _keeps_activations(self, x: Tensor) -> bool:
+        """Whether a backward pass will find the hidden layers where the forward pass left them. Then their memory sets the pace,
+        and the steps one by one are as fast.
+        """
+        if not torch.is_grad_enabled() or not isinstance(self.conditioner, MLPConditioner):
+            return False
+        return keeps_hidden(x, self.conditioner.hidden)
 
     def _in_one_call(self, x: Tensor, context: Tensor | None) -> dict[str, Any] | None:
         """The arguments of :func:`fastgen.ops.perceptron_coupling` that stand for this layer, where nobody could tell the

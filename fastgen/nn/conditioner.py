@@ -56,6 +56,7 @@ class MLPConditioner(nn.Module):
         super().__init__()
         if not hidden or min(hidden) < 1:
             raise ValueError(f"hidden must be the widths of at least one layer, got {tuple(hidden)}")
+        self.hidden = tuple(hidden)
         self.first = nn.Linear(inputs, hidden[0])
         self.context = nn.Linear(context, hidden[0], bias=False) if context else None
         self.rest = nn.ModuleList(nn.Linear(n, m) for n, m in itertools.pairwise(hidden))
@@ -98,9 +99,7 @@ class MLPConditioner(nn.Module):
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody watches or changes the calls of a module."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _is_plain(layer: nn.Linear) -> bool:

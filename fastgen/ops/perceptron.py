@@ -150,8 +150,8 @@ def kept_like(x: Tensor, columns: int) -> Tensor:
     return x.new_empty(-(-x.shape[0] // _TILE) * _TILE * columns)
 
 
-def is_kept(x: Tensor, hidden: Sequence[int]) -> bool:
-    """Whether hidden layers are kept by default."""
+def keeps_hidden(x: Tensor, hidden: Sequence[int]) -> bool:
+    """Whether hidden layers are kept for the backward pass by default."""
     return x.shape[0] * sum(hidden) <= _KEPT
 
 
@@ -360,7 +360,7 @@ def perceptron(
     x, added, tensors = x.contiguous(), added if added is None else added.contiguous(), as_tensors(parameters)
     tensors = tuple(t.contiguous() for t in tensors)
     most = math.inf if limit is None else float(limit)
-    keep = is_kept(x, hidden) if keep is None else keep
+    keep = keeps_hidden(x, hidden) if keep is None else keep
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, added, *tensors)):
         return _Perceptron.apply(x, added, tuple(hidden), tuple(outputs), most, keep, *tensors)
     return tuple(_apply(x, join(tensors), added, tuple(hidden), tuple(outputs), most, False)[:-1])

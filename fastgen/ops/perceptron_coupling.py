@@ -35,7 +35,7 @@ from fastgen.ops.perceptron import (
     differentiable_gradients,
     gradients_like,
     gradients_of_each,
-    is_kept,
+    keeps_hidden,
     join,
     kept_columns,
     kept_like,
@@ -208,9 +208,7 @@ class _PerceptronCoupling(torch.autograd.Function):
             return first, second, *(None,) * 7, *rest
         dense = (g if g is None else g.contiguous() for g in (grad_y, grad_log_det))
         joined, wanted = join(parameters), (by_x, any(by_each), by_added)
-        grad_x, grad, grad_added = _differentiate(
-            x, joined, added, kept, *dense, *ctx.sizes, ctx.limit, *ctx.transform, wanted
-        )
+        grad_x, grad, grad_added = _differentiate(x, joined, added, kept, *dense, *ctx.sizes, ctx.limit, *ctx.transform, wanted)
         of_each = gradients_of_each(grad, parameters, by_each)
         return grad_x if by_x else None, grad_added if by_added else None, *(None,) * 7, *of_each
 
@@ -272,7 +270,7 @@ def perceptron_coupling(
     tensors = tuple(t.contiguous() for t in as_tensors(parameters))
     first, most = (tuple(hidden), tuple(sizes), flip), math.inf if limit is None else float(limit)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, added, *tensors)):
-        keep = is_kept(x, hidden) if keep is None else keep
+        keep = keeps_hidden(x, hidden) if keep is None else keep
         return Coupled(*_PerceptronCoupling.apply(x, added, *first, most, keep, code, inverse, *tensors))
     return Coupled(*_apply(x, join(tensors), added, *first, most, False, code, inverse)[:2])
 
