@@ -290,7 +290,9 @@ def differentiable_gradients(
     results = network(x, own[0] if len(own) == 1 else list(zip(own[::2], own[1::2], strict=True)), added=added)
     pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
     leaves = [t for t, want in zip((x, added, *own), wanted, strict=True) if t is not None and want]
-    found = iter(torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], create_graph=True))
+    # an output without a gradient leaves its own parameters out of the graph
+    options: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+    found = iter(torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], **options))
     return [next(found) if want else None for want in wanted]
 
 

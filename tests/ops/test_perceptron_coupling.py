@@ -60,13 +60,15 @@ def test_the_inverse_undoes_it(sizes, flip):
 
 
 @pytest.mark.parametrize("output", [0, 1])
-def test_one_output_alone_has_gradients(output):
+def test_one_output_alone_has_gradients_twice(output):
     parameters, x = network((4, 4), False), torch.randn(9, 8, requires_grad=True)
     options = {"hidden": (33, 8), "sizes": (4, 4)}
-    grads = [
-        torch.autograd.grad(ops.perceptron_coupling(x, parameters, backend=b, **options)[output].sum(), leaves(x, parameters))
-        for b in (None, "reference")
-    ]
+    grads = []
+    for backend in (None, "reference"):
+        chosen = ops.perceptron_coupling(x, parameters, backend=backend, **options)[output]
+        first = torch.autograd.grad(chosen.sum(), leaves(x, parameters), create_graph=True, materialize_grads=True)
+        (second,) = torch.autograd.grad(sum(g.square().sum() for g in first), x)
+        grads.append((*first, second))
     for got, wanted in zip(*grads, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
