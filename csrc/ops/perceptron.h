@@ -91,6 +91,13 @@ INLINE void panel_product(int64_t count, int64_t depth, const float* a, const fl
     });
 }
 
+// Rows in memory: the first one, and the distance from row to row. Null for rows of zeros.
+struct Lines {
+  const float* first;
+  int64_t pitch;
+  Lines from(int64_t row) const { return {first ? first + row * pitch : nullptr, pitch}; }
+};
+
 // What the layers are, and their weights packed for one direction. Layer i goes from width[i] to width[i + 1]; the last one is
 // all heads side by side. In memory the parameters are weight [out, in], bias [out] of each layer, and of each head.
 struct Layers {
@@ -129,19 +136,25 @@ struct Layers {
     }
   }
 
-  // Rows of a tile, [rows, columns] in memory, as panels from `column` on; all of the padding is zero if `column` is.
+  // Rows of a tile, [rows, columns] in memory, as panels from `column` on, and back.
   INLINE void read(int64_t tile, const float* from, int64_t columns, int64_t column, float* out) const {
-    for (int64_t r = 0; r < rows_of(tile); ++r)
-      for_pieces(columns, column, [&](int64_t i, int64_t at, int64_t n) {
-        const float* source = from ? from + (tile * TILE_ROWS + r) * columns + i : nullptr;
-        block_store(out + at + r * PANEL, source ? block_load(source, n) : vf{}, n);
-      });
+    read_rows(rows_of(tile), Lines{from, columns}.from(tile * TILE_ROWS), columns, column, out);
   }
   INLINE void write(int64_t tile, const float* in, int64_t columns, int64_t column, float* to) const {
-    for (int64_t r = 0; r < rows_of(tile); ++r)
-      for_pieces(columns, column, [&](int64_t i, int64_t at, int64_t n) {
-        block_store(to + (tile * TILE_ROWS + r) * columns + i, block_load(in + at + r * PANEL, n), n);
-      });
+    write_rows(rows_of(tile), in, columns, column, to + tile * TILE_ROWS * columns, columns);
+  }
+  static INLINE void read_rows(int64_t count, Lines from, int64_t columns, int64_t column, float* out) {
+    for_pieces(columns, column, [&](int64_t i, int64_t at, int64_t n) INLINED {
+      if (from.first)
+        for (int64_t r = 0; r < count; ++r) block_store(out + at + r * PANEL, block_load(from.first + r * from.pitch + i, n), n);
+      else
+        for (int64_t r = 0; r < count; ++r) block_store(out + at + r * PANEL, vf{}, n);
+    });
+  }
+  static INLINE void write_rows(int64_t count, const float* in, int64_t columns, int64_t column, float* to, int64_t pitch) {
+    for_pieces(columns, column, [&](int64_t i, int64_t at, int64_t n) INLINED {
+      for (int64_t r = 0; r < count; ++r) block_store(to + r * pitch + i, block_load(in + at + r * PANEL, n), n);
+    });
   }
   // body(i, offset in panels of row 0, n) for pieces of at most a vector that lie in one panel
   template <class Body>
@@ -230,8 +243,8 @@ struct BackwardWeights {
 };
 
 // x of a tile as panels, saturated.
-INLINE void read_input(const Layers& layers, int64_t tile, const float* x, float limit, float* out) {
-  layers.read(tile, x, layers.width[0], 0, out);
+INLINE void read_input(const Layers& layers, int64_t tile, Lines x, float limit, float* out) {
+  Layers::read_rows(layers.rows_of(tile), x.from(tile * TILE_ROWS), layers.width[0], 0, out);
   const int64_t count = layers.rows_of(tile), width = padded(layers.width[0]);
   for (int64_t k = 0; k < width; k += PANEL)
     for (int64_t i = 0; i < count * PANEL; i += LANES) {
@@ -263,6 +276,16 @@ INLINE void compute_hidden(const Layers& layers, const ForwardWeights& weights, 
   }
 }
 
+// The panels of the heads' columns from `first` on, rounded down to whole panels, from the last hidden layer.
+INLINE void compute_heads(const Layers& layers, const ForwardWeights& weights, int64_t tile, const float* hidden, int64_t first,
+                          float* out) {
+  const int64_t last = layers.count - 1, depth = layers.width[last];
+  for (int64_t n = first / PANEL * PANEL; n < layers.width[last + 1]; n += PANEL)
+    panel_product<false>(
+        layers.rows_of(tile), depth, hidden, weights.weight[last] + n * depth, out + n * TILE_ROWS,
+        [&](int64_t column) { return load<vf>(weights.bias[last] + n + column); }, [](int64_t, vf sum) { return sum; });
+}
+
 // A thread's activations of one tile, and room for two more.
 struct Activations {
   Aligned memory;
@@ -276,12 +299,20 @@ struct Activations {
     }
     spare[0] = at, spare[1] = at + TILE_ROWS * layers.widest;
   }
-  // The hidden layers lie in what is kept for the backward pass instead.
-  void take(const Layers& layers, float* hidden, int64_t tile) {
+  // The hidden layers lie in what is kept for the backward pass instead. Returns the end of that.
+  float* take(const Layers& layers, float* hidden, int64_t tile) {
     for (int64_t i = 1; i < layers.count; ++i) {
       of[i] = hidden + tile * TILE_ROWS * padded(layers.width[i]);
       hidden += layers.tiles * TILE_ROWS * padded(layers.width[i]);
     }
+    return hidden;
+  }
+  // The same for the pass that fills it. Rows that nobody writes are zero.
+  float* take_empty(const Layers& layers, float* hidden, int64_t tile) {
+    float* const end = take(layers, hidden, tile);
+    for (int64_t i = 1; i < layers.count && layers.rows_of(tile) < TILE_ROWS; ++i)
+      memset(of[i], 0, TILE_ROWS * padded(layers.width[i]) * sizeof(float));
+    return end;
   }
   static int64_t size(const Layers& layers) {
     int64_t columns = 2 * layers.widest;
@@ -297,22 +328,14 @@ inline void perceptron_fwd(int64_t rows, int64_t hidden_layers, int64_t heads, c
   const Layers layers(rows, hidden_layers, heads, widths);
   const ForwardWeights weights(layers, parameters);
   float* const outputs[MOST_HEADS] = {y0, y1, y2, y3};
-  const int64_t last = layers.count - 1, depth = layers.width[last];
   parallel_ranges(layers.tiles, layers.worthwhile(threads), [&](int64_t begin, int64_t end) {
     Activations activation(layers);
     for (int64_t tile = begin; tile < end; ++tile) {
-      if (hidden) {
-        activation.take(layers, hidden, tile);
-        for (int64_t i = 1; i < layers.count && layers.rows_of(tile) < TILE_ROWS; ++i)  // rows that nobody writes
-          memset(activation.of[i], 0, TILE_ROWS * padded(layers.width[i]) * sizeof(float));
-      }
-      read_input(layers, tile, x, (float)limit, activation.of[0]);
+      if (hidden) activation.take_empty(layers, hidden, tile);
+      read_input(layers, tile, {x, layers.width[0]}, (float)limit, activation.of[0]);
       compute_hidden(layers, weights, tile, added, activation.of);
       float* out = activation.spare[0];
-      for (int64_t n = 0; n < layers.width[last + 1]; n += PANEL)
-        panel_product<false>(
-            layers.rows_of(tile), depth, activation.of[last], weights.weight[last] + n * depth, out + n * TILE_ROWS,
-            [&](int64_t column) { return load<vf>(weights.bias[last] + n + column); }, [](int64_t, vf sum) { return sum; });
+      compute_heads(layers, weights, tile, activation.of[layers.count - 1], 0, out);
       for (int64_t h = 0, first = 0; h < heads; first += layers.head[h++])
         layers.write(tile, out, layers.head[h], first, outputs[h]);
     }
@@ -361,6 +384,88 @@ INLINE void add_weight_gradient(int64_t count, int64_t outputs, int64_t inputs, 
   }
 }
 
+// Gradients of weights, summed task by task.
+struct WeightGradients {
+  const Layers& layers;
+  const GradientSums sums;
+  const int64_t tasks;
+  float *const out, *const partial;
+  // out: null where they are not wanted
+  WeightGradients(const Layers& layers_, float* out_)
+      : layers(layers_),
+        sums(layers_),
+        tasks(ceil_div(layers_.tiles, TASK_TILES)),
+        out(out_),
+        partial(out_ ? new float[tasks * sums.size + 1] : nullptr) {}
+  WeightGradients(const WeightGradients&) = delete;
+  ~WeightGradients() { delete[] partial; }
+
+  // those of layer i from a tile's gradient in what the layer puts out, and what goes into it
+  INLINE void add(int64_t tile, int64_t i, const float* grad, const float* a) const {
+    if (!partial) return;
+    float* own = partial + tile / TASK_TILES * sums.size;
+    const int64_t count = layers.rows_of(tile), outputs = layers.width[i + 1], inputs = layers.width[i];
+    if (tile % TASK_TILES == 0)
+      add_weight_gradient<true>(count, outputs, inputs, grad, a, own + sums.weight[i], own + sums.bias[i]);
+    else add_weight_gradient<false>(count, outputs, inputs, grad, a, own + sums.weight[i], own + sums.bias[i]);
+  }
+  void finish(int64_t threads) const {
+    if (!partial) return;
+    layers.for_parameters([&](int64_t i, int64_t w, int64_t b, int64_t first, int64_t outputs) {
+      const int64_t inputs = layers.width[i], pitch = padded(inputs);
+      const auto reduce = [&](int64_t from, int64_t length, float* to) {
+        for_blocks(length, [&](int64_t j, int64_t n) {
+          vf total{};
+          for (int64_t task = 0; task < tasks; ++task) total = total + block_load(partial + task * sums.size + from + j, n);
+          block_store(to + j, total, n);
+        });
+      };
+      parallel_for(outputs, tasks * outputs * inputs < 4 * SERIAL ? 1 : threads, [&](int64_t n) {
+        reduce(sums.weight[i] + (first + n) * pitch, inputs, out + w + n * inputs);
+      });
+      reduce(sums.bias[i] + first, outputs, out + b);
+    });
+  }
+};
+
+// The gradient in the heads of a tile, which are read next, is zero in the padding.
+INLINE void clear_padding(const Layers& layers, float* grad) {
+  const int64_t outputs = layers.width[layers.count];
+  if (outputs % PANEL)
+    for (int64_t j = 0; j < TILE_ROWS * PANEL; ++j) grad[outputs / PANEL * TILE_ROWS * PANEL + j] = 0;
+}
+
+// From the gradient in the heads of a tile, panels in spare[0], those in all weights, in what was added, and in x, whose panels
+// are returned. `by_x`: whether that one is wanted. activation.of[0] is overwritten.
+INLINE const float* propagate(const Layers& layers, const BackwardWeights& backward, const WeightGradients& weights,
+                              int64_t tile, Activations& activation, Lines x, float limit, bool by_x, float* grad_added) {
+  const int64_t count = layers.rows_of(tile);
+  const bool unlimited = limit == INFINITY;  // then a NaN in x lets its gradient pass, as it does in PyTorch
+  float *grad = activation.spare[0], *next = activation.spare[1];
+  for (int64_t i = layers.count; i-- > 0;) {
+    const float* a = activation.of[i];
+    const int64_t depth = layers.width[i + 1], width = layers.width[i];
+    weights.add(tile, i, grad, a);
+    if (i == 0 && grad_added) layers.write(tile, grad, depth, 0, grad_added);
+    if (i == 0 && !by_x) continue;
+    if (i == 0) Layers::read_rows(count, x.from(tile * TILE_ROWS), width, 0, activation.of[0]);  // as before it saturated
+    for (int64_t k = 0; k < width; k += PANEL) {
+      const float* before = a + k * TILE_ROWS;
+      const auto product = [&](auto&& finish) INLINED {
+        panel_product<false>(
+            count, depth, grad, backward.weight[i] + k * depth, next + k * TILE_ROWS, [](int64_t) { return vf{}; }, finish);
+      };
+      if (i == 0 && unlimited) product([](int64_t, vf sum) { return sum; });
+      else if (i == 0) product([&](int64_t at, vf sum) { return abs(load<vf>(before + at)) <= splat(limit) ? sum : vf{}; });
+      else  // a NaN lets its gradient pass, as PyTorch's does
+        product([&](int64_t at, vf sum) { return load<vf>(before + at) <= 0.0f ? vf{} : sum; });
+    }
+    float* const done = grad;
+    grad = next, next = done;
+  }
+  return grad;
+}
+
 // A gradient of an output may be null: none came from it. So may be grad_x, grad_added and grad_parameters: not wanted. hidden:
 // null, or what the forward pass left there.
 inline void perceptron_bwd(int64_t rows, int64_t hidden_layers, int64_t heads, const int64_t* widths, const float* x,
@@ -370,67 +475,24 @@ inline void perceptron_bwd(int64_t rows, int64_t hidden_layers, int64_t heads, c
   const Layers layers(rows, hidden_layers, heads, widths);
   const ForwardWeights forward(layers, hidden ? nullptr : parameters);
   const BackwardWeights backward(layers, parameters);
-  const GradientSums sums(layers);
+  const WeightGradients weights(layers, grad_parameters);
   const float* const grads[MOST_HEADS] = {grad0, grad1, grad2, grad3};
-  const int64_t tasks = ceil_div(layers.tiles, TASK_TILES), outputs = layers.width[layers.count];
-  const bool unlimited = limit == (double)INFINITY;  // then a NaN in x lets its gradient pass, as it does in PyTorch
-  float* partial = grad_parameters ? new float[tasks * sums.size + 1] : nullptr;
-  parallel_ranges(tasks, layers.worthwhile(threads), [&](int64_t begin, int64_t end) {
+  const Lines input{x, layers.width[0]};
+  parallel_ranges(weights.tasks, layers.worthwhile(threads), [&](int64_t begin, int64_t end) {
     Activations activation(layers);
     for (int64_t tile = begin * TASK_TILES; tile < min(layers.tiles, end * TASK_TILES); ++tile) {
-      const int64_t count = layers.rows_of(tile);
-      float* own = partial ? partial + tile / TASK_TILES * sums.size : nullptr;
-      read_input(layers, tile, x, (float)limit, activation.of[0]);
+      read_input(layers, tile, input, (float)limit, activation.of[0]);
       if (hidden) activation.take(layers, hidden, tile);
       else compute_hidden(layers, forward, tile, added, activation.of);
-      float *grad = activation.spare[0], *next = activation.spare[1];
-      if (outputs % PANEL)
-        for (int64_t j = 0; j < TILE_ROWS * PANEL; ++j) grad[outputs / PANEL * TILE_ROWS * PANEL + j] = 0;
+      clear_padding(layers, activation.spare[0]);
       for (int64_t h = 0, first = 0; h < heads; first += layers.head[h++])
-        layers.read(tile, grads[h], layers.head[h], first, grad);
-      for (int64_t i = layers.count; i-- > 0;) {
-        const float* a = activation.of[i];
-        const int64_t depth = layers.width[i + 1], width = layers.width[i];
-        if (own && tile % TASK_TILES == 0)
-          add_weight_gradient<true>(count, depth, width, grad, a, own + sums.weight[i], own + sums.bias[i]);
-        else if (own) add_weight_gradient<false>(count, depth, width, grad, a, own + sums.weight[i], own + sums.bias[i]);
-        if (i == 0 && grad_added) layers.write(tile, grad, depth, 0, grad_added);
-        if (i == 0 && !grad_x) continue;
-        if (i == 0) layers.read(tile, x, width, 0, activation.of[0]);  // as it was before it saturated
-        for (int64_t k = 0; k < width; k += PANEL) {
-          const float* before = a + k * TILE_ROWS;
-          const auto product = [&](auto&& finish) INLINED {
-            panel_product<false>(
-                count, depth, grad, backward.weight[i] + k * depth, next + k * TILE_ROWS, [](int64_t) { return vf{}; }, finish);
-          };
-          if (i == 0 && unlimited) product([](int64_t, vf sum) { return sum; });
-          else if (i == 0)
-            product([&](int64_t at, vf sum) { return abs(load<vf>(before + at)) <= splat((float)limit) ? sum : vf{}; });
-          else  // a NaN lets its gradient pass, as PyTorch's does
-            product([&](int64_t at, vf sum) { return load<vf>(before + at) <= 0.0f ? vf{} : sum; });
-        }
-        if (i == 0) layers.write(tile, next, width, 0, grad_x);
-        float* const done = grad;
-        grad = next, next = done;
-      }
+        layers.read(tile, grads[h], layers.head[h], first, activation.spare[0]);
+      const float* by_x =
+          propagate(layers, backward, weights, tile, activation, input, (float)limit, grad_x != nullptr, grad_added);
+      if (grad_x) layers.write(tile, by_x, layers.width[0], 0, grad_x);
     }
   });
-  if (!partial) return;
-  layers.for_parameters([&](int64_t i, int64_t w, int64_t b, int64_t first, int64_t outputs) {
-    const int64_t inputs = layers.width[i], pitch = padded(inputs);
-    const auto reduce = [&](int64_t from, int64_t length, float* to) {
-      for_blocks(length, [&](int64_t j, int64_t n) {
-        vf total{};
-        for (int64_t task = 0; task < tasks; ++task) total = total + block_load(partial + task * sums.size + from + j, n);
-        block_store(to + j, total, n);
-      });
-    };
-    parallel_for(outputs, tasks * outputs * inputs < 4 * SERIAL ? 1 : threads, [&](int64_t n) {
-      reduce(sums.weight[i] + (first + n) * pitch, inputs, grad_parameters + w + n * inputs);
-    });
-    reduce(sums.bias[i] + first, outputs, grad_parameters + b);
-  });
-  delete[] partial;
+  weights.finish(threads);
 }
 
 FASTGEN_KERNELS(perceptron, KERNEL(perceptron_fwd), KERNEL(perceptron_bwd))

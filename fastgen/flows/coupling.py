@@ -9,12 +9,16 @@ Durkan, Bekasov, Murray and Papamakarios (2019), "Neural spline flows".
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from fastgen import ops
 from fastgen.flows.elementwise import Affine, Spline
 from fastgen.flows.transform import Bijection, gradients
-from fastgen.nn.conditioner import keep_activations
+from fastgen.nn.conditioner import MLPConditioner, has_hooks, keep_activations
+from fastgen.ops.perceptron import keeps_hidden
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "SplineCoupling", "halves"]
 
@@ -117,6 +121,53 @@ class AffineCoupling(Coupling):
         self, y: Tensor, parameters: tuple[Tensor, ...], grad_y: Tensor, grad_ladj: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         return self.elementwise.rebuild(y, parameters, grad_y, grad_ladj)
+
+    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        options = None if self._keeps_activations(x) else self._in_one_call(x, context)
+        return super().call_and_ladj(x, context) if options is None else ops.perceptron_coupling(x, **options)
+
+    def inv_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        options = None if self._keeps_activations(y) else self._in_one_call(y, context)
+        return super().inv_and_ladj(y, context) if options is None else ops.perceptron_coupling(y, inverse=True, **options)
+
+    def rebuild(
+        self, y: Tensor, context: Tensor | None, grad_y: Tensor, grad_ladj: Tensor, parameters: list[nn.Parameter]
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        with torch.enable_grad():
+            options = self._in_one_call(y, context)
+        if options is None:
+            return super().rebuild(y, context, grad_y, grad_ladj, parameters)
+        layers, added = options.pop("parameters"), options["added"]
+        options.pop("keep")
+        x, grad_x, flat, *grad_added = ops.perceptron_coupling_rebuild(y, layers, grad_y, grad_ladj, **options)
+        own = [p for layer in layers for p in layer]
+        pieces = zip(own, flat.split([p.numel() for p in own]), strict=True)
+        found: dict[nn.Parameter, Tensor | None] = {p: g.view(p.shape) for p, g in pieces}
+        others, of_context = [p for p in parameters if p not in found], None
+        if added is not None and added.requires_grad:
+            *of_others, of_context = gradients((added,), [], context, tuple(grad_added), others)[1]
+            found.update(zip(others, of_others, strict=True))
+        return x, grad_x, [*(found[p] for p in parameters), of_context]
+
+    def _keeps_activations(self, x: Tensor) -> bool:
+        """Whether a backward pass will find the hidden layers where the forward pass left them. Then their memory sets the pace,
+        and the steps one by one are as fast.
+        """
+        if not torch.is_grad_enabled() or not isinstance(self.conditioner, MLPConditioner):
+            return False
+        return keeps_hidden(x, self.conditioner.hidden)
+
+    def _in_one_call(self, x: Tensor, context: Tensor | None) -> dict[str, Any] | None:
+        """The arguments of :func:`fastgen.ops.perceptron_coupling` that stand for this layer, where nobody could tell the
+        difference.
+        """
+        conditioner = self.conditioner
+        if type(self) is not AffineCoupling or type(conditioner) is not MLPConditioner or has_hooks(conditioner):
+            return None
+        options = conditioner.as_perceptron(x, context)
+        if options is None or options.pop("outputs") != [self.sizes[0 if self.flip else 1]] * 2:
+            return None
+        return {**options, "sizes": self.sizes, "flip": self.flip, "bound": self.bound}
 
     def extra_repr(self) -> str:
         return f"bound={self.bound!r}"

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastgen import ops
 from fastgen.nn.conv import Conv2d, zero
 
-__all__ = ["LIMIT", "ConvConditioner", "MLPConditioner", "ResNetConditioner", "keep_activations"]
+__all__ = ["LIMIT", "ConvConditioner", "MLPConditioner", "ResNetConditioner", "has_hooks", "keep_activations"]
 
 LIMIT = 1e9
 """Inputs of conditioners saturate here: beyond, sums overflow float32 and no finite output is left."""
@@ -56,6 +56,7 @@ class MLPConditioner(nn.Module):
         super().__init__()
         if not hidden or min(hidden) < 1:
             raise ValueError(f"hidden must be the widths of at least one layer, got {tuple(hidden)}")
+        self.hidden = tuple(hidden)
         self.first = nn.Linear(inputs, hidden[0])
         self.context = nn.Linear(context, hidden[0], bias=False) if context else None
         self.rest = nn.ModuleList(nn.Linear(n, m) for n, m in itertools.pairwise(hidden))
@@ -63,9 +64,9 @@ class MLPConditioner(nn.Module):
         self.heads = nn.ModuleList(zero(head) if identity else head for head in heads)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
-        fused = self._in_one_call(x, context)
-        if fused is not None:
-            return fused
+        options = self.as_perceptron(x, context)
+        if options is not None:
+            return ops.perceptron(x, **options)
         h = self.first(x.clamp(-LIMIT, LIMIT))
         if self.context is not None:
             h = h + self.context(context)
@@ -75,8 +76,14 @@ class MLPConditioner(nn.Module):
             h = torch.relu_(layer(h))
         return tuple(head(h) for head in self.heads)
 
-    def _in_one_call(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...] | None:
-        """:func:`fastgen.ops.perceptron` where it is faster and nobody could tell the difference."""
+    def as_perceptron(self, x: Tensor, context: Tensor | None) -> dict[str, Any] | None:
+        """The arguments of :func:`fastgen.ops.perceptron` that stand for this network, where that is faster and nobody could tell
+        the difference.
+
+        Args:
+            x: the input, or a tensor that it is a part of.
+            context: [N, context] or None.
+        """
         layers = cast("list[nn.Linear]", [self.first, *self.rest, *self.heads])
         if not all(_is_plain(layer) for layer in layers):
             return None
@@ -86,15 +93,20 @@ class MLPConditioner(nn.Module):
             return None
         added = None if self.context is None else self.context(context)
         parameters = [(layer.weight, layer.bias) for layer in layers]
-        return ops.perceptron(x, parameters, hidden=hidden, outputs=outputs, added=added, limit=LIMIT, keep=_keep.get())
+        sizes_and_limit = {"hidden": hidden, "outputs": outputs, "limit": LIMIT}
+        return {"parameters": parameters, "added": added, "keep": _keep.get(), **sizes_and_limit}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches or changes the calls of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _is_plain(layer: nn.Linear) -> bool:
     """Whether calling this layer is its product in float32 and nothing else: no other class, no hook, no other tensors."""
-    if type(layer) is not nn.Linear or layer.bias is None:
+    if type(layer) is not nn.Linear or layer.bias is None or has_hooks(layer):
         return False
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return not hooks and all(type(p) in _KINDS and p.dtype is torch.float32 for p in (layer.weight, layer.bias))
+    return all(type(p) in _KINDS and p.dtype is torch.float32 for p in (layer.weight, layer.bias))
 
 
 _KINDS = (nn.Parameter, Tensor)

@@ -16,6 +16,8 @@ from fastgen.ops.moments import Moments, merge_moments, moments
 from fastgen.ops.nearest_code import CodeStatistics, NearestCode, nearest_code
 from fastgen.ops.normal import normal
 from fastgen.ops.perceptron import perceptron, perceptron_serves
+from fastgen.ops.perceptron_coupling import perceptron_coupling
+from fastgen.ops.perceptron_coupling_rebuild import perceptron_coupling_rebuild
 from fastgen.ops.reparameterize import Reparameterized, reparameterize
 from fastgen.ops.rq_spline import Splined, rq_spline
 from fastgen.ops.rq_spline_rebuild import RebuiltSpline, rq_spline_rebuild
@@ -76,6 +78,8 @@ __all__ = [
     "nearest_code",
     "normal",
     "perceptron",
+    "perceptron_coupling",
+    "perceptron_coupling_rebuild",
     "perceptron_serves",
     "polar",
     "reparameterize",

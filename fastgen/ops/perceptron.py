@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,11 +57,11 @@ def _sizes(inputs: int, hidden: Sequence[int], outputs: Sequence[int]) -> list[t
     return [*itertools.pairwise(widths), *((widths[-1], size) for size in outputs)]
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
+def join(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
 
 
-def _as_tensors(parameters: Parameters) -> tuple[Tensor, ...]:
+def as_tensors(parameters: Parameters) -> tuple[Tensor, ...]:
     return (parameters,) if isinstance(parameters, Tensor) else tuple(t for layer in parameters for t in layer)
 
 
@@ -75,7 +75,8 @@ def perceptron_reference(
     limit: float | None = None,
 ) -> tuple[Tensor, ...]:
     """:func:`perceptron` in plain PyTorch."""
-    _check(x, parameters, hidden, outputs, added, limit)
+    _check(x)
+    check_network(x, x.shape[1], parameters, hidden, outputs, added, limit)
     if isinstance(parameters, Tensor):
         sizes = _sizes(x.shape[1], hidden, outputs)
         parts = parameters.split([size for n, m in sizes for size in (m * n, m)])
@@ -90,24 +91,29 @@ def perceptron_reference(
         return tuple(F.linear(h, weight, bias) for weight, bias in layers[len(hidden) :])
 
 
-def _check(
+def _check(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() != 2 or not x.shape[1]:
+        raise ValueError(f"x must have shape [N, D] with D at least 1, got {list(x.shape)}")
+
+
+def check_network(
     x: Tensor,
+    inputs: int,
     parameters: Parameters,
     hidden: Sequence[int],
     outputs: Sequence[int],
     added: Tensor | None,
     limit: float | None,
 ) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.dim() != 2 or not x.shape[1]:
-        raise ValueError(f"x must have shape [N, D] with D at least 1, got {list(x.shape)}")
+    """Raise for a network that does not fit ``inputs`` columns of x."""
     for name, widths in (("hidden", hidden), ("outputs", outputs)):
         if not widths or min(widths) < 1:
             raise ValueError(f"{name} must be the widths of at least one layer, got {tuple(widths)}")
     if limit is not None and not limit > 0:
         raise ValueError(f"limit must be positive or None, got {limit!r}")
-    sizes = _sizes(x.shape[1], hidden, outputs)
+    sizes = _sizes(inputs, hidden, outputs)
     if isinstance(parameters, Tensor):
         _check_one("parameters", parameters, x, [sum(m * n + m for n, m in sizes)])
     else:
@@ -129,15 +135,29 @@ def _check_one(name: str, value: Tensor, x: Tensor, shape: list[int]) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _widths(*widths: int) -> Tensor:
+def widths_of(*widths: int) -> Tensor:
     """As the kernels read them. Nobody writes to it."""
     return torch.tensor(widths)
 
 
+def kept_columns(*widths: int) -> int:
+    """Numbers of a sample in layers of these widths that are kept."""
+    return sum(-(-width // _PANEL) * _PANEL for width in widths)
+
+
+def kept_like(x: Tensor, columns: int) -> Tensor:
+    """Room for what is kept of a batch, in tiles and panels."""
+    return x.new_empty(-(-x.shape[0] // _TILE) * _TILE * columns)
+
+
+def keeps_hidden(x: Tensor, hidden: Sequence[int]) -> bool:
+    """Whether hidden layers are kept for the backward pass by default."""
+    return x.shape[0] * sum(hidden) <= _KEPT
+
+
 def _results_like(x: Tensor, hidden: Sequence[int], outputs: Sequence[int], keep: bool) -> list[Tensor]:
     """The outputs, and the hidden layers in tiles and panels."""
-    columns = sum(-(-width // _PANEL) * _PANEL for width in hidden)
-    kept = x.new_empty(-(-x.shape[0] // _TILE) * _TILE * columns if keep else 0)
+    kept = kept_like(x, kept_columns(*hidden) if keep else 0)
     return [*(x.new_empty(x.shape[0], size) for size in outputs), kept]
 
 
@@ -153,13 +173,14 @@ def _forward(
     results = _results_like(x, hidden, outputs, keep)
     *heads, kept = results
     _native.kernel("perceptron_fwd")(
-        x.shape[0], len(hidden), len(outputs), _widths(x.shape[1], *hidden, *outputs), x, added, parameters, limit,
+        x.shape[0], len(hidden), len(outputs), widths_of(x.shape[1], *hidden, *outputs), x, added, parameters, limit,
         kept if keep else None, *heads, *_ABSENT[len(outputs) :], torch.get_num_threads(),
     )  # fmt: skip
     return results
 
 
-def _gradients_like(x: Tensor, parameters: Tensor, hidden: Sequence[int], wanted: Sequence[bool]) -> list[Tensor]:
+def gradients_like(x: Tensor, parameters: Tensor, hidden: Sequence[int], wanted: Sequence[bool]) -> list[Tensor]:
+    """Room for the gradients in x, in all parameters and in ``added``, empty where not wanted."""
     by_x, by_parameters, by_added = wanted
     return [
         torch.empty_like(x) if by_x else x.new_empty(0),
@@ -179,10 +200,10 @@ def _backward(
     limit: float,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    found = _gradients_like(x, parameters, hidden, wanted)
+    found = gradients_like(x, parameters, hidden, wanted)
     grad_x, grad_parameters, grad_added = (g if want else None for g, want in zip(found, wanted, strict=True))
     _native.kernel("perceptron_bwd")(
-        x.shape[0], len(hidden), len(outputs), _widths(x.shape[1], *hidden, *outputs), x, added, parameters, limit,
+        x.shape[0], len(hidden), len(outputs), widths_of(x.shape[1], *hidden, *outputs), x, added, parameters, limit,
         kept if kept.numel() else None, *grads, *_ABSENT[len(outputs) :], grad_x, grad_added, grad_parameters,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -200,7 +221,7 @@ _differentiate = _dispatch.raw_op(
     "(Tensor x, Tensor parameters, Tensor? added, Tensor kept, Tensor?[] grads, int[] hidden, int[] outputs, float limit,"
     " bool[] wanted) -> Tensor[]",
     _backward,
-    lambda x, parameters, added, kept, grads, hidden, outputs, limit, wanted: _gradients_like(x, parameters, hidden, wanted),
+    lambda x, parameters, added, kept, grads, hidden, outputs, limit, wanted: gradients_like(x, parameters, hidden, wanted),
 )
 
 
@@ -218,7 +239,7 @@ class _Perceptron(torch.autograd.Function):
         keep: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        *results, kept = _apply(x, _join(parameters), added, hidden, outputs, limit, keep)
+        *results, kept = _apply(x, join(parameters), added, hidden, outputs, limit, keep)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, added, kept, *parameters)
         ctx.hidden, ctx.outputs, ctx.limit = hidden, outputs, limit
@@ -230,33 +251,49 @@ class _Perceptron(torch.autograd.Function):
         by_x, by_added, _, _, _, _, *by_each = ctx.needs_input_grad
         # torch.compile has no second derivatives
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_gradients(ctx, x, added, parameters, grads)
+            limit = None if math.isinf(ctx.limit) else ctx.limit
+            network = functools.partial(perceptron_reference, hidden=ctx.hidden, outputs=ctx.outputs, limit=limit)
+            wanted = [by_x, by_added, *by_each]
+            first, second, *rest = differentiable_gradients(network, x, added, parameters, grads, wanted)
+            return first, second, None, None, None, None, *rest
         dense = [g if g is None else g.contiguous() for g in grads]
         wanted = [by_x, any(by_each), by_added]
-        joined = _join(parameters)
+        joined = join(parameters)
         sizes = ctx.hidden, ctx.outputs
         grad_x, grad, grad_added = _differentiate(x, joined, added, kept, dense, *sizes, ctx.limit, wanted)
-        of_each: Sequence[Tensor | None] = [None] * len(parameters)
-        if wanted[1]:
-            parts = grad.split([p.numel() for p in parameters])
-            of_each = [g.view(p.shape) if want else None for g, p, want in zip(parts, parameters, by_each, strict=True)]
+        of_each = gradients_of_each(grad, parameters, by_each)
         return grad_x if by_x else None, grad_added if by_added else None, None, None, None, None, *of_each
 
 
-def _differentiable_gradients(
-    ctx: Any, x: Tensor, added: Tensor | None, parameters: Sequence[Tensor], grads: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """The gradients as functions of the inputs and of ``grads``, by plain PyTorch."""
+def gradients_of_each(grad: Tensor, parameters: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """From the gradient in all parameters, flattened, that in each of those wanted."""
+    if not any(wanted):
+        return [None] * len(parameters)
+    parts = grad.split([p.numel() for p in parameters])
+    return [g.view(p.shape) if want else None for g, p, want in zip(parts, parameters, wanted, strict=True)]
+
+
+def differentiable_gradients(
+    network: Callable[..., Sequence[Tensor]],
+    x: Tensor,
+    added: Tensor | None,
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients in x, ``added`` and each of ``parameters``, as functions of these and of ``grads``, by plain PyTorch.
+
+    ``network(x, parameters, added=)`` gives what has the gradients ``grads``.
+    """
     # aliases, so that nothing but this network is differentiated
     x, added, own = x.view_as(x), None if added is None else added.view_as(added), [p.view_as(p) for p in parameters]
-    layers: Parameters = own[0] if len(own) == 1 else list(zip(own[::2], own[1::2], strict=True))
-    limit = None if math.isinf(ctx.limit) else ctx.limit
-    results = perceptron_reference(x, layers, hidden=ctx.hidden, outputs=ctx.outputs, added=added, limit=limit)
+    results = network(x, own[0] if len(own) == 1 else list(zip(own[::2], own[1::2], strict=True)), added=added)
     pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
-    inputs = (x, added, None, None, None, None, *own)
-    leaves = [t for t, want in zip(inputs, ctx.needs_input_grad, strict=True) if t is not None and want]
-    found = iter(torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], create_graph=True))
-    return tuple(next(found) if want else None for want in ctx.needs_input_grad)
+    leaves = [t for t, want in zip((x, added, *own), wanted, strict=True) if t is not None and want]
+    # an output without a gradient leaves its own parameters out of the graph
+    options: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+    found = iter(torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], **options))
+    return [next(found) if want else None for want in wanted]
 
 
 def _supports(backend: str, inputs: dict[str, Any]) -> str | None:
@@ -318,16 +355,17 @@ def perceptron(
     >>> y.shape
     torch.Size([5, 2])
     """
-    _check(x, parameters, hidden, outputs, added, limit)
+    _check(x)
+    check_network(x, x.shape[1], parameters, hidden, outputs, added, limit)
     if _dispatch.choose(SPEC, backend, x, inputs={"hidden": hidden, "outputs": outputs}) == "reference":
         return perceptron_reference(x, parameters, hidden=hidden, outputs=outputs, added=added, limit=limit)
-    x, added, tensors = x.contiguous(), added if added is None else added.contiguous(), _as_tensors(parameters)
+    x, added, tensors = x.contiguous(), added if added is None else added.contiguous(), as_tensors(parameters)
     tensors = tuple(t.contiguous() for t in tensors)
     most = math.inf if limit is None else float(limit)
-    keep = x.shape[0] * sum(hidden) <= _KEPT if keep is None else keep
+    keep = keeps_hidden(x, hidden) if keep is None else keep
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, added, *tensors)):
         return _Perceptron.apply(x, added, tuple(hidden), tuple(outputs), most, keep, *tensors)
-    return tuple(_apply(x, _join(tensors), added, tuple(hidden), tuple(outputs), most, False)[:-1])
+    return tuple(_apply(x, join(tensors), added, tuple(hidden), tuple(outputs), most, False)[:-1])
 
 
 def _example_inputs(
@@ -356,7 +394,7 @@ def _example_inputs(
         unit = units[min(len(units), len(hidden)) - 1] / 2
     return {
         "x": (draw(rows, *event) / 4).to(device, dtype),
-        "parameters": _join(_as_tensors(layers)).to(device, dtype),
+        "parameters": join(as_tensors(layers)).to(device, dtype),
         "hidden": hidden,
         "outputs": outputs,
         "added": (draw(rows, hidden[0]) * units[0]).to(device, dtype) if added else None,
