@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import platform
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -39,7 +41,7 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
       inside the convolution. In float32 "double the image, then convolve" is one transposed convolution where that is less
       work, and 3x3 convolutions go by minimal filtering (:func:`fastgen.ops.winograd_conv2d`) where that is faster: an error
       of 1e-6 a layer, near that of plain sums, for a transformed copy of the weight of 2 to 4 times its size. The projections
-      of the time in residual blocks are one product for all of them. The process keeps up to 64 MB of memory that it frees.
+      of the time in residual blocks are one product for all of them. The process keeps up to 256 MB of memory that it frees.
     * ``compile=True`` compiles the copy whole instead (slow on the first call of each shape).
 
     Args:
@@ -75,11 +77,22 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
     return fast
 
 
+KEPT_BYTES = 256 << 20
+"""Of freed memory, what the process keeps for its next allocations."""
+
+
 def _keep_freed_memory() -> None:
     """Where freed memory goes back to the system, every layer takes its own anew, page by page: a tenth of the time of a U-Net.
-    glibc keeps twice the size of the largest block that was freed, up to one of 32 MB.
+
+    glibc gives back what is free at the end of its heap and every block of at least a threshold; what is set here are the
+    size from which it does the former, and the largest threshold that it takes.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 32 << 20)
+    libc.mallopt(trim_threshold, KEPT_BYTES)
 
 
 def _share_projections(network: nn.Module) -> None:
