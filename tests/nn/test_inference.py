@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from fastgen.nn import inference
+from fastgen.nn.attention import Projection
 from fastgen.nn.autoencoder import ImageDecoder, ImageEncoder
 from fastgen.nn.inference import (
     Filters,
     PackedConv2d,
+    PackedProjection,
     PackedUpsample,
     SharedProjection,
     fast_dtype,
@@ -92,8 +94,12 @@ def test_projections_are_one_product(modulation):
         vector.add_(1)
 
 
-def test_convolutions_are_packed():
-    fast = optimize(build("unet"), dtype=torch.float32)
+def test_convolutions_and_attention_are_packed():
+    net = build("unet")
+    fast = optimize(net, dtype=torch.float32)
+    projections = sum(isinstance(m, Projection) for m in net.modules())
+    assert projections >= 2
+    assert sum(isinstance(m, PackedProjection) for m in fast.modules()) == projections
     assert sum(isinstance(m, PackedConv2d) for m in fast.modules()) > 10
     assert sum(isinstance(m, PackedUpsample) for m in fast.modules()) == 1
 
