@@ -2,9 +2,10 @@
 // mathematics.
 //
 // Images lie channels first, [samples, channels, pixels], or channels last, [samples, pixels, channels]. What is normalised
-// alone is a unit: a group of one sample or, channels last, all groups of one sample, which lie together. A unit is reduced
-// tile by tile and then written while the caches hold it, and meanwhile the next one is on its way to them; where there are
-// too few units for the threads, these share the tiles.
+// alone is a unit: a group of one sample or, channels last, all groups of one sample, which lie together; the backward pass,
+// which reads more, cuts large images into strips of neighbouring groups. A unit is reduced tile by tile and then written while
+// the caches hold it, and meanwhile the next one is on its way to them; where there are too few units for the threads, these
+// share the tiles.
 #pragma once
 #include "../math.h"
 #include "../parallel.h"
@@ -17,8 +18,12 @@ constexpr int64_t NORM_TILE = 8192;
 constexpr int64_t CHAIN = 64;
 // Of the next unit, what is fetched at most while one is at work: half of a second-level cache.
 constexpr int64_t AHEAD_BYTES = 512 << 10;
-// Units of at most so many elements keep dz from one pass of the backward to the other; larger ones compute it twice.
+// Units of at most so many elements keep dz from one pass of the backward to the other; larger ones compute it twice. Channels
+// last they keep x - center beside it: the pixels of a strip lie so regularly that they compete for a part of the cache.
 constexpr int64_t KEPT = 65536;
+// Strips hold at most so many elements, whose dz and x - center stay in a second-level cache, but at least STRIP channels,
+// whole lines of cache. No hardware foresees where their pixels lie: they are fetched so many ahead.
+constexpr int64_t STRIP_SIZE = 32768, STRIP = 32, PIXELS_AHEAD = 16;
 
 // ---- rows in spans -------------------------------------------------------------------------------------------------
 
@@ -27,9 +32,11 @@ constexpr int64_t KEPT = 65536;
 constexpr int64_t PAIR = 2 * LANES;
 template <int V>
 struct Whole {
+  static constexpr bool whole = true;
   static constexpr int vectors = V;
 };
 struct Part {
+  static constexpr bool whole = false;
   static constexpr int vectors = 2;
   int64_t n;
   INLINE int64_t of(int k) const { return max(0, min(LANES, n - k * LANES)); }  // elements in the k-th vector
@@ -41,6 +48,11 @@ INLINE void for_spans(int64_t count, Body&& body) {
   if (V > 2 && i + PAIR <= count) body(i, Whole<2>{}), i += PAIR;
   if (i < count) body(i, Part{count - i});
 }
+// Two vectors of one pixel and two of the next, channels last.
+struct Twice {
+  static constexpr int vectors = 4;
+  int64_t pitch;
+};
 template <class T, int V>
 INLINE void span_load(const T* p, Whole<V>, vf* v) {
   for (int k = 0; k < V; k += 2) load_two(p + k * LANES, v[k], v[k + 1]);
@@ -48,6 +60,10 @@ INLINE void span_load(const T* p, Whole<V>, vf* v) {
 template <class T>
 INLINE void span_load(const T* p, Part part, vf* v) {
   for (int k = 0; k < 2; ++k) v[k] = block_load(p + k * LANES, part.of(k));
+}
+template <class T>
+INLINE void span_load(const T* p, Twice twice, vf* v) {
+  load_two(p, v[0], v[1]), load_two(p + twice.pitch, v[2], v[3]);
 }
 template <class T, int V>
 INLINE void span_store(T* p, Whole<V>, const vf* v, bool stream = false) {
@@ -60,10 +76,18 @@ template <class T>
 INLINE void span_store(T* p, Part part, const vf* v, bool stream = false) {
   for (int k = 0; k < 2; ++k) block_store(p + k * LANES, v[k], part.of(k), stream);
 }
+template <class T>
+INLINE void span_store(T* p, Twice twice, const vf* v, bool stream = false) {
+  span_store(p, Whole<2>{}, v, stream), span_store(p + twice.pitch, Whole<2>{}, v + 2, stream);
+}
 template <class T, class Span>
 INLINE void span_prefetch(const T* p, Span) {
   constexpr int64_t LINE = 64 / sizeof(T);
   for (int64_t i = 0; i < Span::vectors * LANES; i += LINE) prefetch(p + i);
+}
+template <class T>
+INLINE void span_prefetch(const T* p, Twice twice) {
+  span_prefetch(p, Whole<2>{}), span_prefetch(p + twice.pitch, Whole<2>{});
 }
 
 // ---- the units -----------------------------------------------------------------------------------------------------
@@ -76,33 +100,41 @@ struct Patch {
 struct NormTiling {
   int64_t samples, channels, groups, pixels, per;  // `per`: channels of a group
   bool last;                                       // channels last
-  int64_t units, unit_groups, unit_channels, padded;
+  int64_t strips, units, unit_groups, unit_channels, padded;  // `strips`: units of one sample
   int64_t tiles, step, parts;  // of one unit; `step` pixels or whole channels a tile, `parts` tiles a channel
 
-  NormTiling(int64_t samples_, int64_t channels_, int64_t groups_, int64_t pixels_, bool last_)
+  // `cut`: images that lie channels last may be cut into strips.
+  NormTiling(int64_t samples_, int64_t channels_, int64_t groups_, int64_t pixels_, bool last_, bool cut)
       : samples(samples_), channels(channels_), groups(groups_), pixels(pixels_), per(channels / groups),
         last(last_ || pixels == 1) {
-    units = last ? samples : samples * groups;
-    unit_groups = last ? groups : 1;
+    unit_groups = !last ? 1 : cut ? strip_groups() : groups;
+    strips = groups / unit_groups;
+    units = samples * strips;
     unit_channels = unit_groups * per;
     padded = ceil_div(unit_channels, 32) * 32;
     parts = last ? 1 : max(1, ceil_div(pixels, NORM_TILE));
-    step = parts > 1 ? NORM_TILE : max(1, NORM_TILE / max(1, last ? channels : pixels));
+    step = parts > 1 ? NORM_TILE : max(1, NORM_TILE / max(1, last ? unit_channels : pixels));
     if (last) step = min(2 * step, CHAIN);
     tiles = last ? ceil_div(pixels, step) : parts > 1 ? per * parts : ceil_div(per, step);
   }
   int64_t unit_size() const { return unit_channels * pixels; }
   Patch patch(int64_t tile) const {
-    if (last) return {0, channels, tile * step, min(step, pixels - tile * step)};
+    if (last) return {0, unit_channels, tile * step, min(step, pixels - tile * step)};
     if (parts > 1) return {tile / parts, 1, tile % parts * step, min(step, pixels - tile % parts * step)};
     return {tile * step, min(step, per - tile * step), 0, pixels};
   }
   // where a patch begins in memory
   int64_t offset(int64_t unit, const Patch& p) const {
-    return last ? (unit * pixels + p.pixel) * channels : (unit * per + p.channel) * pixels + p.pixel;
+    if (!last) return (unit * per + p.channel) * pixels + p.pixel;
+    return (unit / strips * pixels + p.pixel) * channels + unit % strips * unit_channels;
   }
   // sample * channels + channel of the first channel of a unit
-  int64_t first_channel(int64_t unit) const { return last ? unit * channels : unit * per; }
+  int64_t first_channel(int64_t unit) const { return unit * unit_channels; }
+  // floats of a unit in whole spans, and where in them those of a patch begin
+  int64_t spans_size() const { return last ? pixels * padded : unit_channels * ceil_div(pixels, PAIR) * PAIR; }
+  int64_t spans_begin(const Patch& p) const {
+    return last ? p.pixel * padded : p.channel * ceil_div(pixels, PAIR) * PAIR + p.pixel;
+  }
   template <class T>
   bool streams(const T* out) const {
     const int64_t event = last ? channels : pixels;
@@ -112,13 +144,13 @@ struct NormTiling {
   // Channels last, per-channel numbers in scratch lie as the channels of a span do: where the i-th channel does.
   template <class T>
   INLINE int64_t slot(int64_t i) const {
-    if (!EVEN_ODD<T> || !last || i >= channels / PAIR * PAIR) return i;
+    if (!EVEN_ODD<T> || !last || i >= unit_channels / PAIR * PAIR) return i;
     return i / PAIR * PAIR + i % 2 * LANES + i % PAIR / 2;
   }
   template <class T>
   INLINE void to_slots(float* p) const {
     if (!EVEN_ODD<T> || !last) return;
-    for (int64_t i = 0; i + PAIR <= channels; i += PAIR) {
+    for (int64_t i = 0; i + PAIR <= unit_channels; i += PAIR) {
       vf a, b;
       deinterleave(load_float(p + i), load_float(p + i + LANES), a, b);
       store_float(p + i, a), store_float(p + i + LANES, b);
@@ -146,9 +178,11 @@ struct NormTiling {
         for (int64_t unit = first; unit < end; ++unit) {
           prepare(unit, scratch.at);
           const bool more = unit + 1 < end;
-          for (int64_t tile = 0; tile < tiles; ++tile)
-            reduce(unit, tile, scratch.at,
-                   early ? (more ? unit_size() : 0) : tile + 1 < tiles ? distance(unit, tile, unit, tile + 1) : 0);
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            const bool last_tile = tile + 1 == tiles;
+            const int64_t to_unit = early ? unit + 1 : unit, to_tile = early ? tile : tile + 1;
+            reduce(unit, tile, scratch.at, (early ? more : !last_tile) ? distance(unit, tile, to_unit, to_tile) : 0);
+          }
           finish(unit, scratch.at);
           for (int64_t tile = tiles; tile-- > 0;)  // what was read last is nearest
             apply(unit, tile, scratch.at,
@@ -166,6 +200,13 @@ struct NormTiling {
   }
 
  private:
+  // Groups of a strip: most that STRIP_SIZE allows, of those counts that fill whole spans; all where none does.
+  int64_t strip_groups() const {
+    int64_t found = channels * pixels <= STRIP_SIZE ? groups : 0;
+    for (int64_t count = 1; count < groups && found < groups; ++count)
+      if (groups % count == 0 && count * per % STRIP == 0 && (!found || count * per * pixels <= STRIP_SIZE)) found = count;
+    return found ? found : groups;
+  }
   int64_t distance(int64_t unit, int64_t tile, int64_t to_unit, int64_t to_tile) const {
     return offset(to_unit, patch(to_tile)) - offset(unit, patch(tile));
   }
@@ -256,6 +297,49 @@ INLINE void for_rows(const NormTiling& tiling, int64_t unit, const Patch& patch,
     body(at, Last ? 0 : patch.channel + row, count);
 }
 
+// N of these numbers for the vectors of a span: of each channel channels last, else of its one channel.
+template <int N, bool Last>
+struct SpanNumbers {
+  vf of[N][Last ? 2 : 1];
+  INLINE SpanNumbers(const float* const (&numbers)[N], int64_t channel) {
+    for (int n = 0; n < N; ++n)
+      if constexpr (Last) of[n][0] = load_float(numbers[n] + channel), of[n][1] = load_float(numbers[n] + channel + LANES);
+      else of[n][0] = splat(numbers[n][channel]);
+  }
+  INLINE vf at(int n, int k) const { return of[n][Last ? k % 2 : 0]; }
+};
+
+// body(j, span, numbers, at) for the spans of a patch, from j on in memory, with N numbers for each; `at` is where one begins
+// if those of the unit lie one after the other in the order of these calls. Channels last, the pixels of the same channels
+// follow each other, and then comes done(channel, true); else done(channel, first) after at most CHAIN spans of a channel.
+template <bool Last, int N, class Body, class Done>
+INLINE void for_patch(const NormTiling& tiling, int64_t unit, const Patch& patch, const float* const (&numbers)[N], Body&& body,
+                      Done&& done) {
+  int64_t j = tiling.offset(unit, patch), at = tiling.spans_begin(patch);
+  if constexpr (Last) {
+    for_spans<2>(tiling.unit_channels, [&](int64_t i, auto span) {
+      const SpanNumbers<N, Last> own(numbers, i);
+      int64_t here = j + i, pixel = 0;
+      if constexpr (decltype(span)::whole)
+        for (; pixel + 2 <= patch.pixels; pixel += 2, here += 2 * tiling.channels, at += 2 * PAIR)
+          body(here, Twice{tiling.channels}, own, at);
+      for (; pixel < patch.pixels; ++pixel, here += tiling.channels, at += PAIR) body(here, span, own, at);
+      done(i, true);
+    });
+  } else {
+    for (int64_t channel = patch.channel; channel < patch.channel + patch.channels; ++channel, j += tiling.pixels) {
+      const SpanNumbers<N, Last> own(numbers, channel);
+      for (int64_t begin = 0; begin < patch.pixels; begin += 2 * CHAIN * PAIR) {
+        for_spans<4>(min(2 * CHAIN * PAIR, patch.pixels - begin), [&](int64_t i, auto span) {
+          body(j + begin + i, span, own, at);
+          at += span.vectors * LANES;
+        });
+        done(channel, begin == 0);
+      }
+    }
+  }
+}
+
 // ---- statistics ----------------------------------------------------------------------------------------------------
 
 // Sums of x - pivot and of its square over elements of one group, with a pivot near their mean: that of one in SHARE of them,
@@ -303,9 +387,9 @@ INLINE Moments moments_of(const T* x, int64_t count, int64_t ahead) {
 // The same of each channel over `pixels` rows of all channels: pivots, sums and squares, `padded` apart.
 template <class T>
 INLINE void moments_of_columns(const T* x, int64_t pixels, const NormTiling& tiling, float* out, int64_t ahead) {
-  const int64_t channels = tiling.channels;
+  const int64_t channels = tiling.channels;  // from pixel to pixel
   const float share = 1.0f / (float)ceil_div(pixels, SHARE);
-  for_spans<2>(channels, [&](int64_t c, auto span) {
+  for_spans<2>(tiling.unit_channels, [&](int64_t c, auto span) {
     constexpr int V = decltype(span)::vectors;
     vf pivot[V] = {}, sums[2][V] = {}, squares[2][V] = {}, v[V];
     for (int64_t p = 0; p < pixels; p += SHARE) {
@@ -444,18 +528,19 @@ INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& m
   // then the sums of the tiles: of dz, and of dz * (x - center); then dz itself, where it is kept
   const int64_t width = tiling.padded, slots = Last ? tiling.tiles : tiling.parts, sums = 2 * slots * width;
   const auto sums_of = [&](float* scratch, int64_t slot) { return scratch + coefficients + 2 * slot * width; };
-  const bool keep = Silu && tiling.unit_size() <= KEPT && !tiling.shared(tiling.useful(threads));
+  constexpr int COPIES = Last ? 2 : 1;  // what is kept
+  const bool keep = (Silu || Last) && tiling.unit_size() <= KEPT && !tiling.shared(tiling.useful(threads));
   // of the samples: (1 + scale) * dz and (1 + scale) * dz * xhat summed over the pixels, for the gradients of weight and bias
   const int64_t all = tiling.samples * tiling.channels;
   const bool affine = grad_weight || grad_bias;
   float* totals = new float[affine ? 2 * all + 1 : 1];
-  // v: from x to d = x - center; dz: from dy to dz
-  const auto differentiate = [](auto span, const vf* center, const vf* slope, const vf* level, vf* v, vf* dz) {
+  // v: from x to d = x - center; dz: from dy to dz. The first numbers are center, slope and level.
+  const auto differentiate = [](auto span, const auto& own, vf* v, vf* dz) {
     constexpr int V = decltype(span)::vectors;
     vf z[V], sigma[V], rest[V];
-    for (int k = 0; k < V; ++k) v[k] = v[k] - center[k];
+    for (int k = 0; k < V; ++k) v[k] = v[k] - own.at(0, k);
     if constexpr (Silu) {
-      for (int k = 0; k < V; ++k) z[k] = fma(v[k], slope[k], level[k]);
+      for (int k = 0; k < V; ++k) z[k] = fma(v[k], own.at(1, k), own.at(2, k));
       sigmoid_factors<V>(z, sigma, rest);
       for (int k = 0; k < V; ++k) dz[k] = dz[k] * (sigma[k] * fma(z[k], rest[k], splat(1.0f)));
     }
@@ -470,55 +555,43 @@ INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& m
   };
   const auto reduce = [&](int64_t unit, int64_t tile, float* scratch, int64_t) {
     const NormCoefficients c(tiling, scratch);
-    const Patch patch = tiling.patch(tile);
+    const float* const numbers[] = {c.center, c.slope, c.level};
     float* kept = scratch + coefficients + sums;
-    const int64_t origin = unit * tiling.unit_size();
-    // dz of a span from j on, of the coefficients with it; added to sums and products
-    const auto add = [&](int64_t j, auto span, const vf* center, const vf* slope, const vf* level, vf* some, vf* products) {
+    float* out = sums_of(scratch, Last ? tile : tiling.parts > 1 ? tile % tiling.parts : 0);
+    vf some[4] = {}, products[4] = {};
+    const auto body = [&](int64_t j, auto span, const auto& own, int64_t at) {
       constexpr int V = decltype(span)::vectors;
       vf v[V], dz[V];
       span_load(x + j, span, v);
       span_load(grad_y + j, span, dz);
-      for (int k = 0; k < V; ++k) fetch_ahead(x + j + k * LANES), fetch_ahead(grad_y + j + k * LANES);
-      differentiate(span, center, slope, level, v, dz);
+      if constexpr (Last) {
+        const int64_t later = j + PIXELS_AHEAD * tiling.channels;
+        span_prefetch(x + later, span), span_prefetch(grad_y + later, span);
+      } else
+        for (int k = 0; k < V; ++k) fetch_ahead(x + j + k * LANES), fetch_ahead(grad_y + j + k * LANES);
+      differentiate(span, own, v, dz);
       for (int k = 0; k < V; ++k) some[k] = some[k] + dz[k], products[k] = fma(dz[k], v[k], products[k]);
-      if (keep) span_store(kept + j - origin, span, dz);
+      if (!keep) return;
+      float* to = kept + COPIES * at;
+      for (int k = 0; k < V; ++k) store(to + k * LANES, dz[k]);
+      if (Last)
+        for (int k = 0; k < V; ++k) store(to + (V + k) * LANES, v[k]);
     };
-    if constexpr (Last) {
-      float* out = sums_of(scratch, tile);
-      const int64_t begin = tiling.offset(unit, patch);
-      for_spans<2>(tiling.channels, [&](int64_t i, auto span) {
-        constexpr int V = decltype(span)::vectors;
-        vf center[V], slope[V], level[V], some[V] = {}, products[V] = {};
-        for (int k = 0; k < V; ++k) {
-          const int64_t at = i + k * LANES;
-          center[k] = load_float(c.center + at), slope[k] = load_float(c.slope + at), level[k] = load_float(c.level + at);
+    const auto done = [&](int64_t channel, bool first) {
+      if constexpr (Last) {
+        for (int k = 0; k < 2; ++k) {
+          store(out + channel + k * LANES, some[k] + some[k + 2]);
+          store(out + width + channel + k * LANES, products[k] + products[k + 2]);
         }
-        for (int64_t p = 0; p < patch.pixels; ++p)
-          add(begin + p * tiling.channels + i, span, center, slope, level, some, products);
-        for (int k = 0; k < V; ++k) {
-          store_float(out + i + k * LANES, some[k]);
-          store_float(out + width + i + k * LANES, products[k]);
-        }
-      });
-    } else {
-      float* out = sums_of(scratch, tiling.parts > 1 ? tile % tiling.parts : 0);
-      for_rows<Last>(tiling, unit, patch, [&](int64_t row, int64_t channel, int64_t count) {
-        vf center[4], slope[4], level[4], total{}, product{};
-        for (int k = 0; k < 4; ++k)
-          center[k] = splat(c.center[channel]), slope[k] = splat(c.slope[channel]), level[k] = splat(c.level[channel]);
-        for (int64_t begin = 0; begin < count; begin += 2 * CHAIN * PAIR) {
-          vf some[4] = {}, products[4] = {};
-          for_spans<4>(min(2 * CHAIN * PAIR, count - begin), [&](int64_t i, auto span) {
-            add(row + begin + i, span, center, slope, level, some, products);
-          });
-          total = total + ((some[0] + some[1]) + (some[2] + some[3]));
-          product = product + ((products[0] + products[1]) + (products[2] + products[3]));
-        }
-        out[channel] = sum(total);
-        out[width + channel] = sum(product);
-      });
-    }
+      } else {
+        const float total = sum((some[0] + some[1]) + (some[2] + some[3]));
+        const float product = sum((products[0] + products[1]) + (products[2] + products[3]));
+        out[channel] = first ? total : out[channel] + total;
+        out[width + channel] = first ? product : out[width + channel] + product;
+      }
+      for (int k = 0; k < 4; ++k) some[k] = products[k] = vf{};
+    };
+    for_patch<Last>(tiling, unit, tiling.patch(tile), numbers, body, done);
   };
   const auto finish = [&](int64_t unit, float* scratch) {
     const NormCoefficients c(tiling, scratch);
@@ -552,36 +625,25 @@ INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& m
   };
   const auto apply = [&](int64_t unit, int64_t tile, float* scratch, int64_t ahead) {
     const NormCoefficients c(tiling, scratch);
-    const float* kept = scratch + coefficients + sums;
-    const int64_t origin = unit * tiling.unit_size();
-    for_rows<Last>(tiling, unit, tiling.patch(tile), [&](int64_t row, int64_t channel, int64_t count) {
-      const RowOf<Last> center(c.center, channel), slope(c.slope, channel), level(c.level, channel), pull(c.pull, channel),
-          push(c.push, channel);
-      for_spans<2>(count, [&](int64_t i, auto span) {
-        constexpr int V = decltype(span)::vectors;
-        const int64_t j = row + i;
-        vf v[V], dz[V], centers[V], slopes[V], levels[V];
-        span_load(x + j, span, v);
-        if (keep) span_load(kept + j - origin, span, dz);
-        else span_load(grad_y + j, span, dz);
-        if (ahead) span_prefetch(x + j + ahead, span), span_prefetch(grad_y + j + ahead, span);
-        for (int k = 0; k < V; ++k) {
-          const int64_t at = i + k * LANES;
-          centers[k] = center.at(at), slopes[k] = slope.at(at), levels[k] = level.at(at);
-        }
-        if (keep)
-          for (int k = 0; k < V; ++k) v[k] = v[k] - centers[k];
-        else differentiate(span, centers, slopes, levels, v, dz);
-        for (int k = 0; k < V; ++k) {
-          const int64_t at = i + k * LANES;
-          v[k] = fma(dz[k], slopes[k], fma(v[k], pull.at(at), push.at(at)));
-        }
-        span_store(grad_x + j, span, v, stream);
-      });
-    });
+    const float *const kept = scratch + coefficients + sums, *const numbers[] = {c.center, c.slope, c.level, c.pull, c.push};
+    const auto body = [&](int64_t j, auto span, const auto& own, int64_t at) {
+      constexpr int V = decltype(span)::vectors;
+      vf v[V], dz[V];
+      const float* from = kept + COPIES * at;
+      if (!Last || !keep) span_load(x + j, span, v);
+      if (!keep) span_load(grad_y + j, span, dz);
+      else
+        for (int k = 0; k < V; ++k)
+          dz[k] = load<vf>(from + k * LANES), v[k] = Last ? load<vf>(from + (V + k) * LANES) : v[k] - own.at(0, k);
+      if (ahead) span_prefetch(x + j + ahead, span), span_prefetch(grad_y + j + ahead, span);
+      if (!keep) differentiate(span, own, v, dz);
+      for (int k = 0; k < V; ++k) v[k] = fma(dz[k], own.at(1, k), fma(v[k], own.at(3, k), own.at(4, k)));
+      span_store(grad_x + j, span, v, stream);
+    };
+    for_patch<Last>(tiling, unit, tiling.patch(tile), numbers, body, [](int64_t, bool) {});
   };
-  tiling.run(threads, coefficients + sums + (keep ? tiling.unit_size() : 0), 2 * sizeof(T), keep, prepare, reduce, finish,
-             apply);
+  const int64_t size = coefficients + sums + (keep ? COPIES * tiling.spans_size() : 0);
+  tiling.run(threads, size, 2 * sizeof(T), keep, prepare, reduce, finish, apply);
   if (affine) {
     double *by_bias = new double[2 * tiling.channels], *by_weight = by_bias + tiling.channels;
     for (int64_t c = 0; c < 2 * tiling.channels; ++c) by_bias[c] = 0;
@@ -611,7 +673,7 @@ inline void group_norm_silu_fwd(int64_t dtype, int64_t samples, int64_t channels
                                 int64_t last, const void* x, int64_t affine_dtype, const void* weight, const void* bias,
                                 int64_t modulation_dtype, const void* scale, const void* shift, double eps, int64_t silu,
                                 void* y, float* stats, int64_t threads) {
-  const NormTiling tiling(samples, channels, groups, pixels, last);
+  const NormTiling tiling(samples, channels, groups, pixels, last, false);
   const Modulation modulation{affine_dtype, modulation_dtype, weight, bias, scale, shift};
   const auto run = [&](auto* t) {
     using T = typename Pointee<decltype(t)>::type;
@@ -628,7 +690,7 @@ inline void group_norm_silu_bwd(int64_t dtype, int64_t samples, int64_t channels
                                 int64_t modulation_dtype, const void* scale, const void* shift, int64_t silu,
                                 const float* stats, const void* grad_y, void* grad_x, void* grad_weight, void* grad_bias,
                                 void* grad_scale, void* grad_shift, int64_t threads) {
-  const NormTiling tiling(samples, channels, groups, pixels, last);
+  const NormTiling tiling(samples, channels, groups, pixels, last, true);
   const Modulation modulation{affine_dtype, modulation_dtype, weight, bias, scale, shift};
   const auto run = [&](auto* t) {
     using T = typename Pointee<decltype(t)>::type;

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.nn.conv import zero
 from fastgen.nn.norm import GroupNorm
 
-__all__ = ["Attention", "ImageAttention", "heads_of"]
+__all__ = ["Attention", "ImageAttention", "Projection", "heads_of"]
 
 
 def heads_of(channels: int, head_channels: int | None) -> int:
@@ -23,6 +24,14 @@ def heads_of(channels: int, head_channels: int | None) -> int:
     return next(h for h in range(max(channels // head_channels, 1), 0, -1) if channels % h == 0)
 
 
+class Projection(nn.Linear):
+    """``nn.Linear`` with what follows it in a residual branch: linear(x) + residual, of the shape of the result or None."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        h = super().forward(x)
+        return h if residual is None else h + residual
+
+
 class Attention(nn.Module):
     """Multi-head attention of tokens to themselves, or to the tokens of a context.
 
@@ -32,7 +41,7 @@ class Attention(nn.Module):
         context: channels of the context's tokens; None: self-attention.
         zero_out: the last layer is zero at first.
 
-    Shape: x [N, T, channels], context [N or 1, S, context] -> [N, T, channels].
+    Shape: x [N, T, channels], context [N or 1, S, context] -> [N, T, channels]; residual, as x, is added.
     """
 
     def __init__(self, channels: int, heads: int = 1, context: int | None = None, *, zero_out: bool = True) -> None:
@@ -42,13 +51,13 @@ class Attention(nn.Module):
         self.heads = heads
         self.context = context
         # one product makes query, key and value; a context has its own
-        self.to_query = None if context is None else nn.Linear(channels, channels)
-        self.to_rest = nn.Linear(channels, 3 * channels) if context is None else nn.Linear(context, 2 * channels)
-        self.out = nn.Linear(channels, channels)
+        self.to_query = None if context is None else Projection(channels, channels)
+        self.to_rest = Projection(channels, 3 * channels) if context is None else Projection(context, 2 * channels)
+        self.out = Projection(channels, channels)
         if zero_out:
             zero(self.out)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         n, tokens, channels = x.shape
         if self.to_query is None:
             query, key, value = self.to_rest(x).view(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
@@ -59,7 +68,7 @@ class Attention(nn.Module):
             both = self.to_rest(context.to(x.dtype)).view(*context.shape[:2], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
             key, value = both.expand(-1, n, -1, -1, -1).unbind()
         h = F.scaled_dot_product_attention(query, key, value)
-        return self.out(h.transpose(1, 2).reshape(n, tokens, channels))
+        return self.out(h.transpose(1, 2).reshape(n, tokens, channels), residual)
 
 
 class ImageAttention(nn.Module):
@@ -91,7 +100,12 @@ class ImageAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         n, channels, height, width = x.shape
         h = x if self.norm is None else self.norm(x)
-        # free of copies on channels-last images, there and back
-        h = self.attention(h.permute(0, 2, 3, 1).reshape(n, height * width, channels), context)
-        x = x + h.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+        def tokens(image: Tensor) -> Tensor:  # free of copies on channels-last images, as is the way back
+            return image.permute(0, 2, 3, 1).reshape(n, height * width, channels)
+
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        h = self.attention(tokens(h), context, tokens(x) if last else None)
+        h = h.view(n, height, width, channels).permute(0, 3, 1, 2)
+        x = h if last else x + h
         return x if self.divisor == 1 else x / self.divisor

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import platform
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import ops
+from fastgen.nn.attention import Projection
 from fastgen.nn.conv import Conv2d
 from fastgen.nn.resnet import ResBlock, Upsample
 from fastgen.nn.time import Conditioning
@@ -38,11 +41,11 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
       integers, each tile of an image and each output channel in a unit of its own, and sum exactly. All between them is
       float32. A layer errs by 2e-4 to 2e-3, less than in bfloat16: see :func:`fastgen.ops.winograd_weight`. On other CPUs it is
       float32 altogether.
-    * On a CPU the weights of convolutions are laid out once for oneDNN instead of at every call, and the residual sum happens
-      inside the convolution. In float32 "double the image, then convolve" is one transposed convolution where that is less
+    * On a CPU the weights of convolutions and of attention are laid out once for oneDNN instead of at every call, and the
+      residual sums happen inside. In float32 "double the image, then convolve" is one transposed convolution where that is less
       work, and 3x3 convolutions go by minimal filtering (:func:`fastgen.ops.winograd_conv2d`) where that is faster: an error
       of 1e-6 a layer, near that of plain sums, for a transformed copy of the weight of 2 to 4 times its size. The projections
-      of the time in residual blocks are one product for all of them. The process keeps up to 64 MB of memory that it frees.
+      of the time in residual blocks are one product for all of them. The process keeps up to 256 MB of memory that it frees.
     * ``compile=True`` compiles the copy whole instead (slow on the first call of each shape).
 
     Args:
@@ -76,16 +79,27 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
         for name, module in list(fast.named_modules()):
             if type(module) is Conv2d:
                 fast.set_submodule(name, PackedConv2d(module, products))
-            elif type(module) is nn.Linear and products is torch.int16 and module not in told:
+            elif type(module) is Projection or (type(module) is nn.Linear and products is torch.int16 and module not in told):
                 fast.set_submodule(name, PackedLinear(module, products))
     return fast
 
 
+KEPT_BYTES = 256 << 20
+"""Of freed memory, what the process keeps for its next allocations."""
+
+
 def _keep_freed_memory() -> None:
     """Where freed memory goes back to the system, every layer takes its own anew, page by page: a tenth of the time of a U-Net.
-    glibc keeps twice the size of the largest block that was freed, up to one of 32 MB.
+
+    glibc gives back what is free at the end of its heap and every block of at least a threshold; what is set here are the
+    size from which it does the former, and the largest threshold that it takes.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 32 << 20)
+    libc.mallopt(trim_threshold, KEPT_BYTES)
 
 
 def _share_projections(network: nn.Module) -> None:
@@ -163,18 +177,32 @@ class Filters:
 
 
 class PackedLinear(nn.Module):
-    """A linear map with products of integers where there are rows enough: they are the pixels of a 1x1 convolution."""
+    """A linear map for evaluation, bias and residual sum inside: with products of integers where there are rows enough (they are
+    the pixels of a 1x1 convolution), or by oneDNN with the weight in its own layout for the first input it sees. Other numbers
+    of rows are right too.
+    """
 
-    def __init__(self, linear: nn.Linear, products: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, products: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.weight = linear.weight.detach()
-        self.bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
-        self.filters = Filters(self.weight[:, :, None, None], products)
+        self.bias = self.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        self.filters = Filters(self.weight[:, :, None, None], products) if products is torch.int16 else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = self.filters(rows.t()[None, :, None], self.bias)
-        return F.linear(x, self.weight, self.bias) if y is None else y[0, :, 0].t().reshape(*x.shape[:-1], -1)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.filters is not None:
+            y = self.filters(_row_of_pixels(x), self.bias, None if residual is None else _row_of_pixels(residual))
+            if y is not None:
+                return y[0, :, 0].t().reshape(*x.shape[:-1], -1)
+        if self.weight.layout == torch.strided:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, x.shape[:-1].numel())
+        if residual is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+
+
+def _row_of_pixels(x: Tensor) -> Tensor:
+    """[..., C] -> [1, C, 1, W], channels last."""
+    return x.reshape(-1, x.shape[-1]).t()[None, :, None]
 
 
 class PackedConv2d(nn.Module):
