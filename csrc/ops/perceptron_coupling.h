@@ -1,7 +1,7 @@
-// perceptron_coupling: an affine coupling whose conditioner is a perceptron, forward and backward, a tile of rows through all of
-// it at a time. fastgen/ops/perceptron_coupling.py has the mathematics.
+// perceptron_coupling: an affine coupling whose conditioner is a perceptron, forward and backward, a tile of rows through all
+// of it at a time. fastgen/ops/perceptron_coupling.py has the mathematics.
 //
-// The network's part is that of perceptron.h, the elementwise part that of affine_coupling.h, on the rows of a tile in the cache.
+// The network's part is that of perceptron.h, the elementwise part that of affine_coupling.h, on a tile's rows in the cache.
 #pragma once
 #include "affine_coupling.h"
 #include "perceptron.h"
@@ -52,7 +52,11 @@ inline void perceptron_coupling_fwd(int64_t rows, int64_t hidden_layers, const i
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t count = layers.rows_of(tile), row = tile * TILE_ROWS;
       float* heads = activation.spare[0];
-      if (hidden) heads = activation.take_empty(layers, hidden, tile) + tile * TILE_ROWS * padded(layers.width[layers.count]);
+      if (hidden) {
+        const int64_t size = TILE_ROWS * padded(layers.width[layers.count]);
+        heads = activation.take_empty(layers, hidden, tile) + tile * size;
+        if (count < TILE_ROWS) memset(heads, 0, size * sizeof(float));
+      }
       read_input(layers, tile, parts.staying(x), (float)limit, activation.of[0]);
       compute_hidden(layers, weights, tile, added, activation.of);
       compute_heads(layers, weights, tile, activation.of[layers.count - 1], 0, heads);

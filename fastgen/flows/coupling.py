@@ -150,8 +150,8 @@ class AffineCoupling(Coupling):
         return x, grad_x, [*(found[p] for p in parameters), of_context]
 
     def _keeps_activations(self, x: Tensor) -> bool:
-        """Whether a backward pass will find the hidden layers where the forward pass left them. Then their memory sets the pace,
-        and the steps one by one are as fast.
+        """Whether a backward pass will find the hidden layers where the forward pass left them. Then their memory sets the
+        pace, and the steps one by one are as fast.
         """
         if not torch.is_grad_enabled() or not isinstance(self.conditioner, MLPConditioner):
             return False

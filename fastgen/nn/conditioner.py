@@ -77,8 +77,8 @@ class MLPConditioner(nn.Module):
         return tuple(head(h) for head in self.heads)
 
     def as_perceptron(self, x: Tensor, context: Tensor | None) -> dict[str, Any] | None:
-        """The arguments of :func:`fastgen.ops.perceptron` that stand for this network, where that is faster and nobody could tell
-        the difference.
+        """The arguments of :func:`fastgen.ops.perceptron` that stand for this network, where that is faster and nobody could
+        tell the difference.
 
         Args:
             x: the input, or a tensor that it is a part of.

@@ -296,7 +296,7 @@ def differentiable_gradients(
     return [next(found) if want else None for want in wanted]
 
 
-def _supports(backend: str, inputs: dict[str, Any]) -> str | None:
+def supports_network(backend: str, inputs: dict[str, Any]) -> str | None:
     hidden, outputs = inputs["hidden"], inputs["outputs"]
     if backend == "cpp" and (len(hidden) > _MOST_HIDDEN or len(outputs) > _MOST_OUTPUTS):
         return f"its kernels take at most {_MOST_HIDDEN} hidden layers and {_MOST_OUTPUTS} outputs"
@@ -439,5 +439,5 @@ SPEC = OpSpec(
     dtypes=(torch.float32,),
     gradient_precision="reduction",
     double_backward=True,
-    supports=_supports,
+    supports=supports_network,
 )

@@ -6,8 +6,8 @@ With x = (a, b), the part that stays and the one that moves, and the network of 
 
 or its inverse, with s a function of ``log_scale`` as :mod:`fastgen.ops.affine_coupling` has it; the gradients are those of the
 two ops. A tile of samples goes through all of it while it lies in the cache: x is read once and y written once, and neither
-the parts nor what the network puts out are ever tensors. For large batches nothing is kept for the backward pass but the inputs.
-Sums are in a fixed order: nothing depends on the number of threads. Second derivatives are those of the reference.
+the parts nor what the network puts out are ever tensors. For large batches nothing is kept for the backward pass but the
+inputs. Sums are in a fixed order: nothing depends on the number of threads. Second derivatives are those of the reference.
 
 float32 on CPUs has kernels. Elsewhere the reference serves.
 
@@ -35,11 +35,12 @@ from fastgen.ops.perceptron import (
     differentiable_gradients,
     gradients_like,
     gradients_of_each,
-    keeps_hidden,
     join,
+    keeps_hidden,
     kept_columns,
     kept_like,
     perceptron_reference,
+    supports_network,
     widths_of,
 )
 
@@ -214,9 +215,7 @@ class _PerceptronCoupling(torch.autograd.Function):
 
 
 def _supports(backend: str, inputs: dict[str, Any]) -> str | None:
-    most = get_spec("perceptron").supports
-    assert most is not None
-    return most(backend, {"hidden": inputs["hidden"], "outputs": (1, 1)})
+    return supports_network(backend, {**inputs, "outputs": (1, 1)})
 
 
 def perceptron_coupling(

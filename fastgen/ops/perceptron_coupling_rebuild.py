@@ -1,5 +1,5 @@
-"""perceptron_coupling_rebuild: one step of backpropagation through :mod:`fastgen.ops.perceptron_coupling` from its output, in one
-pass.
+"""perceptron_coupling_rebuild: one step of backpropagation through :mod:`fastgen.ops.perceptron_coupling` from its output,
+in one pass.
 
 With y = (a, b * exp(s) + shift), where the network makes shift and s of a, which stands in y as it did in x, the network is
 computed once, for the inverse and for the gradients:
