@@ -146,7 +146,8 @@ struct Layers {
   static INLINE void read_rows(int64_t count, Lines from, int64_t columns, int64_t column, float* out) {
     for_pieces(columns, column, [&](int64_t i, int64_t at, int64_t n) INLINED {
       if (from.first)
-        for (int64_t r = 0; r < count; ++r) block_store(out + at + r * PANEL, block_load(from.first + r * from.pitch + i, n), n);
+        for (int64_t r = 0; r < count; ++r)
+          block_store(out + at + r * PANEL, block_load(from.first + r * from.pitch + i, n), n);
       else
         for (int64_t r = 0; r < count; ++r) block_store(out + at + r * PANEL, vf{}, n);
     });

@@ -12,7 +12,11 @@ FASTGEN_BEGIN
 struct Parts {
   int64_t stays, moves, row, stays_at, moves_at;
   Parts(const Layers& layers, int64_t flip)
-      : stays(layers.width[0]), moves(layers.head[0]), row(stays + moves), stays_at(flip ? moves : 0), moves_at(flip ? 0 : stays) {}
+      : stays(layers.width[0]),
+        moves(layers.head[0]),
+        row(stays + moves),
+        stays_at(flip ? moves : 0),
+        moves_at(flip ? 0 : stays) {}
   Lines staying(const float* x) const { return {x + stays_at, row}; }
 };
 
@@ -76,9 +80,9 @@ inline void perceptron_coupling_fwd(int64_t rows, int64_t hidden_layers, const i
   });
 }
 
-// One step of backpropagation. `x`: the input of the coupling, or its output: the part that stays is the same. differentiate(row,
-// count, moving) goes from the moving part of `count` rows and its gradient to the gradients in x and in both heads. Those given
-// back are null where they are not wanted; grad_y is null where there is none.
+// One step of backpropagation. `x`: the input of the coupling, or its output: the part that stays is the same. differentiate(
+// row, count, moving) goes from the moving part of `count` rows and its gradient to the gradients in x and in both heads. Those
+// given back are null where they are not wanted; grad_y is null where there is none.
 template <class Differentiate>
 inline void perceptron_coupling_gradients(int64_t rows, int64_t hidden_layers, const int64_t* widths, int64_t flip,
                                           const float* x, const float* added, const float* parameters, double limit,

@@ -19,8 +19,8 @@ inline void perceptron_coupling_rebuild(int64_t rows, int64_t hidden_layers, con
     });
     memcpy(moving.grad_shift, moving.grad_y, count * moves * sizeof(float));
   };
-  perceptron_coupling_gradients(rows, hidden_layers, widths, flip, y, added, parameters, limit, nullptr, true, grad_y, x, grad_x,
-                                grad_added, grad_parameters, threads, differentiate);
+  perceptron_coupling_gradients(rows, hidden_layers, widths, flip, y, added, parameters, limit, nullptr, true, grad_y, x,
+                                grad_x, grad_added, grad_parameters, threads, differentiate);
 }
 
 FASTGEN_KERNELS(perceptron_coupling_rebuild, KERNEL(perceptron_coupling_rebuild))
