@@ -177,9 +177,9 @@ class Filters:
 
 
 class PackedLinear(nn.Module):
-    """A linear map for evaluation, bias and residual sum inside: with products of integers where there are rows enough, pixels of
-    a 1x1 convolution, or by oneDNN with the weight in its own layout for the first input it sees. Other numbers of rows are
-    right too.
+    """A linear map for evaluation, bias and residual sum inside: with products of integers where there are rows enough, which
+    are the pixels of a 1x1 convolution, or by oneDNN with the weight in its own layout for the first input it sees. Other
+    numbers of rows are right too.
     """
 
     def __init__(self, linear: nn.Linear, products: torch.dtype = torch.float32) -> None:
