@@ -48,6 +48,7 @@ _GROUP_NORM = ("group_norm_silu", 8, (256, 32, 32), _EAGER + _COMPILED)
 _LAST = (("channels_last", True),)
 _TANH = (("bound", "tanh"),)
 _PERCEPTRON = (("hidden", (128, 128)), ("outputs", (32, 32)))
+_COUPLING = (("hidden", (64, 64)),)
 _IMAGES = (3, 32, 32)
 _DDPM = (("history", 0), ("clamp", 1.0))
 _DDIM = (("history", 0), ("deterministic", True))
@@ -100,6 +101,13 @@ FIGURES = (
     Figure(
         "perceptron 4096x32, hidden 128-128, forward + backward", "perceptron", 4096, (32,), _EAGER, 1.6, 1.2, mode="fwdbwd",
         flags=_PERCEPTRON,
+    ),
+    Figure(
+        "perceptron_coupling 16384x64, hidden 64-64", "perceptron_coupling", 16384, (64,), _EAGER, 1.5, 1.0, flags=_COUPLING,
+    ),
+    Figure(
+        "perceptron_coupling 16384x64, hidden 64-64, forward + backward", "perceptron_coupling", 16384, (64,), _EAGER, 1.5, 1.0,
+        mode="fwdbwd", flags=_COUPLING,
     ),
     Figure("rq_spline 4096x32, 8 bins", "rq_spline", 4096, (32,), _SPLINES, 30, 20),
     Figure("rq_spline 4096x32, 8 bins, forward + backward", "rq_spline", 4096, (32,), _SPLINES, 20, 10, mode="fwdbwd"),

@@ -14,6 +14,7 @@ from benchmarks import diffusion_peers
 from benchmarks.parity import ParityError, check_normal
 from benchmarks.peer import Peer
 from benchmarks.workload import bind
+from fastgen.ops import get_spec
 
 __all__ = ["PEERS"]
 
@@ -196,41 +197,72 @@ def _lu_linear(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
     return bind(_eager_lu_linear, inputs, mode, ("x", "lower", "upper", "log_diagonal"))
 
 
-def _linear_layers(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
-    """As a module of linear layers has it."""
-    hidden, outputs, limit = inputs["hidden"], inputs["outputs"], inputs["limit"]
-    widths = [inputs["x"].shape[1], *hidden]
+def _own_layers(inputs: dict[str, Any], inputs_of_first: int, outputs: tuple[int, ...]) -> dict[str, Tensor]:
+    """Parameters of their own, as modules have them."""
+    widths = [inputs_of_first, *inputs["hidden"]]
     sizes = [*itertools.pairwise(widths), *((widths[-1], m) for m in outputs)]
     parts = iter(inputs["parameters"].split([k for n, m in sizes for k in (n * m, m)]))
-    # parameters of their own, as a module has them
-    arguments = {"x": inputs["x"]} | ({} if inputs["added"] is None else {"added": inputs["added"]})
+    layers = {}
     for i, (n, m) in enumerate(sizes):
-        arguments |= {f"weight{i}": next(parts).view(m, n).clone(), f"bias{i}": next(parts).clone()}
+        layers |= {f"weight{i}": next(parts).view(m, n).clone(), f"bias{i}": next(parts).clone()}
+    return layers
+
+
+def _network(x: Tensor, added: Tensor | None, hidden: int, limit: float | None, layers: dict[str, Tensor]) -> list[Tensor]:
+    """The outputs of a module of linear layers, ``hidden`` of them under ReLUs."""
+    linear = torch.nn.functional.linear
+    h = x if limit is None else x.clamp(-limit, limit)
+    for i in range(hidden):
+        h = linear(h, layers[f"weight{i}"], layers[f"bias{i}"])
+        h = torch.relu_(h if i or added is None else h + added)
+    return [linear(h, layers[f"weight{i}"], layers[f"bias{i}"]) for i in range(hidden, len(layers) // 2)]
+
+
+def _linear_layers(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
+    hidden, limit = len(inputs["hidden"]), inputs["limit"]
 
     def apply(x: Tensor, added: Tensor | None = None, **layers: Tensor) -> tuple[Tensor, ...]:
-        linear = torch.nn.functional.linear
-        h = x if limit is None else x.clamp(-limit, limit)
-        for i in range(len(hidden)):
-            h = linear(h, layers[f"weight{i}"], layers[f"bias{i}"])
-            h = torch.relu_(h if i or added is None else h + added)
-        return tuple(linear(h, layers[f"weight{i}"], layers[f"bias{i}"]) for i in range(len(hidden), len(sizes)))
+        return tuple(_network(x, added, hidden, limit, layers))
 
+    arguments = {"x": inputs["x"]} | ({} if inputs["added"] is None else {"added": inputs["added"]})
+    arguments |= _own_layers(inputs, inputs["x"].shape[1], inputs["outputs"])
     return bind(apply, arguments, mode, tuple(arguments))
 
 
-def _check_linear_layers(inputs: dict[str, Any]) -> None:
-    from fastgen.ops.perceptron import perceptron_reference
+def _coupling_of_layers(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
+    """Its parts one after the other."""
+    sizes, hidden, limit = list(inputs["sizes"]), len(inputs["hidden"]), inputs["limit"]
+    if inputs["flip"] or inputs["added"] is not None:
+        raise ParityError("this peer moves the second part, without a context")
 
-    known = {name: value for name, value in inputs.items() if name != "keep"}
-    names = ("x", "added", "parameters")
-    with torch.enable_grad():
-        expected = bind(perceptron_reference, known, "fwdbwd", names)()
-        found = _linear_layers(inputs, "fwdbwd")()
-    first = len(expected) - 1
-    joined = torch.cat([g.flatten() for g in found[first:]])
-    for got, right in zip((*found[:first], joined), expected, strict=True):
-        if not torch.allclose(got, right, rtol=1e-4, atol=1e-4 * float(right.detach().abs().max())):
-            raise ParityError("not the outputs and gradients of the reference")
+    def apply(x: Tensor, **layers: Tensor) -> tuple[Tensor, Tensor]:
+        stays, moves = x.split(sizes, 1)
+        shift, log_scale = _network(stays, None, hidden, limit, layers)
+        y, log_det = _eager_coupling(moves, shift, log_scale, bound=inputs["bound"], inverse=inputs["inverse"])
+        return torch.cat((stays, y), 1), log_det
+
+    arguments = {"x": inputs["x"], **_own_layers(inputs, sizes[0], (sizes[1], sizes[1]))}
+    return bind(apply, arguments, mode, tuple(arguments))
+
+
+def _check_layers(
+    peer: Callable[[dict[str, Any], str], Callable[[], Any]], op: str, names: tuple[str, ...]
+) -> Callable[[dict[str, Any]], None]:
+    """Compares outputs and gradients with the op's reference, those of all parameters joined."""
+
+    def check(inputs: dict[str, Any]) -> None:
+        reference = get_spec(op).reference
+        known = {name: value for name, value in inputs.items() if name != "keep"}
+        with torch.enable_grad():
+            expected = bind(reference, known, "fwdbwd", names)()
+            found = peer(inputs, "fwdbwd")()
+        first = len(expected) - 1
+        joined = torch.cat([g.flatten() for g in found[first:]])
+        for got, right in zip((*found[:first], joined), expected, strict=True):
+            if not torch.allclose(got, right, rtol=1e-4, atol=1e-4 * float(right.detach().abs().max())):
+                raise ParityError("not the outputs and gradients of the reference")
+
+    return check
 
 
 def _torch_quantile(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
@@ -443,7 +475,20 @@ PEERS: dict[str, list[Peer]] = {
         Peer("torch.compile of it", _group_norm(_compiled_group_norm)),
     ],
     "lu_linear": [Peer("eager PyTorch", _lu_linear)],
-    "perceptron": [Peer("eager PyTorch", _linear_layers, _check_linear_layers)],
+    "perceptron": [
+        Peer(
+            "eager PyTorch",
+            _linear_layers,
+            _check_layers(_linear_layers, "perceptron", ("x", "added", "parameters")),
+        )
+    ],
+    "perceptron_coupling": [
+        Peer(
+            "eager PyTorch",
+            _coupling_of_layers,
+            _check_layers(_coupling_of_layers, "perceptron_coupling", ("x", "parameters")),
+        )
+    ],
     "codebook_step": [Peer("vector-quantize-pytorch", _vq_step, _check_vq_step, modes=("fwd",))],
     "dynamic_threshold": [Peer("torch.quantile, clamp, divide", _torch_quantile, modes=("fwd",))],
     "rq_spline": [
