@@ -48,6 +48,7 @@ _GROUP_NORM = ("group_norm_silu", 8, (256, 32, 32), _EAGER + _COMPILED)
 _LAST = (("channels_last", True),)
 _TANH = (("bound", "tanh"),)
 _PERCEPTRON = (("hidden", (128, 128)), ("outputs", (32, 32)))
+_FUSED_ATTENTION, _HEADS = ("F.scaled_dot_product_attention",), (("heads", 8), ("width", 8))
 _IMAGES = (3, 32, 32)
 _DDPM = (("history", 0), ("clamp", 1.0))
 _DDIM = (("history", 0), ("deterministic", True))
@@ -100,6 +101,11 @@ FIGURES = (
     Figure(
         "perceptron 4096x32, hidden 128-128, forward + backward", "perceptron", 4096, (32,), _EAGER, 1.6, 1.2, mode="fwdbwd",
         flags=_PERCEPTRON,
+    ),
+    Figure("attention 64x196, 8 heads of 8", "attention", 64, (196,), _FUSED_ATTENTION, 1.8, 1.3, flags=_HEADS),
+    Figure(
+        "attention 64x196, 8 heads of 8, forward + backward", "attention", 64, (196,), _FUSED_ATTENTION, 1.6, 1.2,
+        mode="fwdbwd", flags=_HEADS,
     ),
     Figure("rq_spline 4096x32, 8 bins", "rq_spline", 4096, (32,), _SPLINES, 30, 20),
     Figure("rq_spline 4096x32, 8 bins, forward + backward", "rq_spline", 4096, (32,), _SPLINES, 20, 10, mode="fwdbwd"),
