@@ -49,6 +49,7 @@ _LAST = (("channels_last", True),)
 _TANH = (("bound", "tanh"),)
 _PERCEPTRON = (("hidden", (128, 128)), ("outputs", (32, 32)))
 _COUPLING = (("hidden", (64, 64)),)
+_FUSED_ATTENTION, _HEADS = ("F.scaled_dot_product_attention",), (("heads", 8), ("width", 8))
 _IMAGES = (3, 32, 32)
 _DDPM = (("history", 0), ("clamp", 1.0))
 _DDIM = (("history", 0), ("deterministic", True))
@@ -108,6 +109,11 @@ FIGURES = (
     Figure(
         "perceptron_coupling 16384x64, hidden 64-64, forward + backward", "perceptron_coupling", 16384, (64,), _EAGER, 1.5, 1.0,
         mode="fwdbwd", flags=_COUPLING,
+    ),
+    Figure("attention 64x196, 8 heads of 8", "attention", 64, (196,), _FUSED_ATTENTION, 1.8, 1.3, flags=_HEADS),
+    Figure(
+        "attention 64x196, 8 heads of 8, forward + backward", "attention", 64, (196,), _FUSED_ATTENTION, 1.6, 1.2,
+        mode="fwdbwd", flags=_HEADS,
     ),
     Figure("rq_spline 4096x32, 8 bins", "rq_spline", 4096, (32,), _SPLINES, 30, 20),
     Figure("rq_spline 4096x32, 8 bins, forward + backward", "rq_spline", 4096, (32,), _SPLINES, 20, 10, mode="fwdbwd"),

@@ -265,6 +265,21 @@ def _check_layers(
     return check
 
 
+def _fused_attention(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+    return bind(attend, inputs, mode, ("query", "key", "value"))
+
+
+def _check_fused_attention(inputs: dict[str, Any]) -> None:
+    from fastgen.ops.attention import attention_reference
+
+    if not torch.allclose(_fused_attention(inputs, "fwd")(), attention_reference(**inputs), rtol=1e-4, atol=1e-5):
+        raise ParityError("not the attention of the reference")
+
+
 def _torch_quantile(inputs: dict[str, Any], mode: str) -> Callable[[], Tensor]:
     """The lines of diffusers' dynamic thresholding."""
     x0, quantile, maximum = inputs["x0"], inputs["quantile"], inputs["maximum"]
@@ -474,6 +489,7 @@ PEERS: dict[str, list[Peer]] = {
         Peer("eager PyTorch", _group_norm(lambda: _eager_group_norm)),
         Peer("torch.compile of it", _group_norm(_compiled_group_norm)),
     ],
+    "attention": [Peer("F.scaled_dot_product_attention", _fused_attention, _check_fused_attention)],
     "lu_linear": [Peer("eager PyTorch", _lu_linear)],
     "perceptron": [
         Peer(

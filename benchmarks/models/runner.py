@@ -56,6 +56,8 @@ KERNELS = (
     "lu_linear_bwd",
     "lu_linear_rebuild",
     "nearest_code_fwd",
+    "attention_fwd",
+    "attention_bwd",
 )
 """Our own kernels that are one."""
 _AGAIN = "again"

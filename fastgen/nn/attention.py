@@ -1,4 +1,5 @@
-"""Attention over tokens and over the pixels of an image, through ``scaled_dot_product_attention``."""
+"""Attention over tokens and over the pixels of an image: by :func:`fastgen.ops.attention` where that has kernels, narrow
+heads on CPUs, else by ``scaled_dot_product_attention``."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen import ops
 from fastgen.nn.conv import zero
 from fastgen.nn.norm import GroupNorm
 
@@ -60,15 +62,18 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         n, tokens, channels = x.shape
         if self.to_query is None:
-            query, key, value = self.to_rest(x).view(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+            query, key, value = self.to_rest(x).view(n, tokens, 3, self.heads, -1).unbind(2)
         else:
             if context is None:
                 raise ValueError("cross-attention needs a context")
-            query = self.to_query(x).view(n, tokens, self.heads, -1).transpose(1, 2)
-            both = self.to_rest(context.to(x.dtype)).view(*context.shape[:2], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-            key, value = both.expand(-1, n, -1, -1, -1).unbind()
-        h = F.scaled_dot_product_attention(query, key, value)
-        return self.out(h.transpose(1, 2).reshape(n, tokens, channels), residual)
+            query = self.to_query(x).view(n, tokens, self.heads, -1)
+            both = self.to_rest(context.to(x.dtype)).view(*context.shape[:2], 2, self.heads, -1)
+            key, value = both.expand(n, -1, -1, -1, -1).unbind(2)
+        if ops.attention_serves(query):
+            h = ops.attention(query, key, value)
+        else:
+            h = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value))).transpose(1, 2)
+        return self.out(h.reshape(n, tokens, channels), residual)
 
 
 class ImageAttention(nn.Module):

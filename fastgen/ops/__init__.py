@@ -4,6 +4,7 @@ from fastgen.ops._dispatch import explain, info, use_backend, use_math
 from fastgen.ops._spec import OpSpec, all_specs, get_spec
 from fastgen.ops.affine_coupling import Coupled, affine_coupling
 from fastgen.ops.affine_coupling_rebuild import RebuiltCoupling, affine_coupling_rebuild
+from fastgen.ops.attention import attention, attention_serves
 from fastgen.ops.bias_act import bias_act
 from fastgen.ops.denoise import Denoised, denoise
 from fastgen.ops.diffuse import Diffused, diffuse
@@ -59,6 +60,8 @@ __all__ = [
     "affine_coupling",
     "affine_coupling_rebuild",
     "all_specs",
+    "attention",
+    "attention_serves",
     "bias_act",
     "covariance_factor",
     "denoise",
