@@ -131,6 +131,8 @@ CASES = [
     ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True, "shift": 2.0}),
     ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True, "shift": 2.0}),
     ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True, "stochastic_sampling": True}),
+    ("FlowMatchHeunDiscreteScheduler", {}),
+    ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0, "num_train_timesteps": 500}),
 ]
 
 
@@ -248,6 +250,15 @@ def test_euler_with_churn(target):
     assert_alike([x for i, x in enumerate(got) if i % 3 < 2], [x for i, x in enumerate(expected) if i % 3 < 2])
     plain = trajectory(mine, evaluate=evaluate)
     assert (plain[-2] - got[-2]).abs().max() > 0.01
+
+
+def test_heun_of_a_flow_with_churn():
+    theirs, mine = both("FlowMatchHeunDiscreteScheduler", shift=2.0)
+    evaluate, churn = network(theirs), {"s_churn": 30.0, "s_tmin": 0.2, "s_tmax": 0.9, "s_noise": 1.01}
+    got = trajectory(mine, 20, evaluate, **churn)
+    assert_alike(got, trajectory(theirs, 20, evaluate, **churn))
+    assert (trajectory(mine, 20, evaluate)[-1] - got[-1]).abs().max() > 0.01
+    assert mine.state_in_first_order is theirs.state_in_first_order is False
 
 
 def test_shifts_of_flows():
@@ -409,7 +420,11 @@ def test_noise_of_the_schedulers_times(name):
     times = mine.timesteps[[0, 3, 3, 7]]
     got = getattr(mine, verb)(x, times, noise) if verb == "scale_noise" else mine.add_noise(x, noise, times)
     same = theirs.timesteps[[0, 3, 3, 7]]
-    expected = theirs.scale_noise(x, same, noise) if verb == "scale_noise" else theirs.add_noise(x, noise, same)
+    if name == "FlowMatchHeunDiscreteScheduler":
+        # upstream takes one time, and keeps its place
+        expected = torch.cat([copy.copy(theirs).scale_noise(x[i : i + 1], t, noise[i : i + 1]) for i, t in enumerate(same)])
+    else:
+        expected = theirs.scale_noise(x, same, noise) if verb == "scale_noise" else theirs.add_noise(x, noise, same)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -608,7 +623,7 @@ def test_configs_between_classes():
     heun = ours.HeunDiscreteScheduler.from_config(euler.config, use_karras_sigmas=True)
     assert heun.config.beta_start == 0.00085  # its own default, not DDPM's
     assert ours.DDPMScheduler.from_config(heun.config).config.variance_type == "fixed_large"
-    assert {cls.__name__ for cls in euler.compatibles} == set(NAMES) - {"FlowMatchEulerDiscreteScheduler"}
+    assert {cls.__name__ for cls in euler.compatibles} == {name for name in NAMES if not name.startswith(("Flow", "EDM"))}
     made, unused = ours.DDIMScheduler.from_config({"beta_end": 0.03, "novel": 1}, return_unused_kwargs=True)
     assert made.config.beta_end == 0.03
     assert unused == {"novel": 1}

@@ -59,6 +59,7 @@ __all__ = [
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
     "HeunDiscreteScheduler",
     "LMSDiscreteScheduler",
     "UniPCMultistepScheduler",
@@ -295,6 +296,15 @@ class _Levels(ChainScheduler):
         return sample * self._scales[self._position(timestep)]  # type: ignore[arg-type]
 
 
+def _churned(here: Tensor, there: Tensor, options: tuple[float, ...], steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Churn as diffusers has it: the levels that it lifts ``here`` to, the noise that does, and the way from there to ``there``."""
+    churn, low, high, scale = options
+    within = (here >= low) & (here <= high)
+    more = torch.where(within, min(max(churn, 0.0) / steps, math.sqrt(2) - 1), 0.0)
+    hat = here * (1 + more)
+    return hat, scale * (hat.square() - here.square()).sqrt(), there - hat
+
+
 class EulerDiscreteScheduler(_Levels):
     """Euler's method on the probability flow.
 
@@ -338,22 +348,18 @@ class EulerDiscreteScheduler(_Levels):
         return 0.0, 0.0, math.inf, 1.0
 
     def _finished(self, rows: Tensor, plan: Plan, options: tuple[Any, ...]) -> Tensor:
-        churn, low, high, scale = options
         ratio = plan.sigma / plan.alpha
         here, there = ratio[:-1], ratio[1:]
-        within = (here >= low) & (here <= high)
-        more = torch.where(within, min(churn / (len(self.sigmas) - 1), math.sqrt(2) - 1), 0.0)
-        if not bool((more > 0).any()):
+        hat, z, way = _churned(here, there, options, len(self.sigmas) - 1)
+        if not bool((hat > here).any()):
             return rows
         # in units of alpha: noise z on top of x, and a step of (there - hat) along (x + z - x0) / hat. The estimate takes
         # the noise for signal and, of the noise, the output for that at the level ``hat``.
-        hat = here * (1 + more)
-        z = scale * (hat.square() - here.square()).sqrt()
-        step = (there - hat) / hat
+        step = way / hat
         seen = plan.alpha[:-1] * rows[:, 0]  # how the estimate moves with x
         p, q, keep, signal = rows[:, 0], rows[:, 1], 1 + step, -step
         if self._arguments["prediction_type"] == "epsilon":
-            q = q * (1 + more)
+            q = q * (hat / here)
         noise = z * (keep + signal * seen)
         back = 1 / plan.alpha[:-1]
         scaled = torch.stack([p, q, keep * back, signal, noise], 1)
@@ -469,10 +475,28 @@ class EulerAncestralDiscreteScheduler(_Levels):
         return self._step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
 
 
-class HeunDiscreteScheduler(_Levels):
+class _InPairs(Scheduler):
     """Heun's method of second order: each time but the first comes twice in ``timesteps``."""
 
     order = 2
+
+    @staticmethod
+    def _twice(values: Tensor) -> Tensor:
+        return torch.cat([values[:1], values[1:].repeat_interleave(2)])
+
+    def _points(self) -> tuple[Tensor, Tensor]:
+        grid = self._grid
+        alpha, sigma = self._twice(grid.alpha), self._twice(grid.sigma)
+        return torch.cat([alpha, grid.next_alpha[-1:]]), torch.cat([sigma, grid.next_sigma[-1:]])
+
+    @property
+    def state_in_first_order(self) -> bool:
+        """Whether the next evaluation starts a step."""
+        return self._step_index is None or not (self._step_index - self._start) % 2
+
+
+class HeunDiscreteScheduler(_InPairs, _Levels):
+    """Heun's method of second order: each time but the first comes twice in ``timesteps``."""
 
     @recorded
     def __init__(
@@ -496,22 +520,8 @@ class HeunDiscreteScheduler(_Levels):
     def _sampler(self) -> Sampler:
         return Heun()
 
-    @staticmethod
-    def _twice(values: Tensor) -> Tensor:
-        return torch.cat([values[:1], values[1:].repeat_interleave(2)])
-
     def _times(self) -> Tensor:
         return self._twice(self._grid.time)
-
-    def _points(self) -> tuple[Tensor, Tensor]:
-        grid = self._grid
-        alpha, sigma = self._twice(grid.alpha), self._twice(grid.sigma)
-        return torch.cat([alpha, grid.next_alpha[-1:]]), torch.cat([sigma, grid.next_sigma[-1:]])
-
-    @property
-    def state_in_first_order(self) -> bool:
-        """Whether the next evaluation starts a step."""
-        return self._step_index is None or not (self._step_index - self._start) % 2
 
     def set_timesteps(
         self,
@@ -1090,7 +1100,40 @@ def ending_at(sigma: Tensor, last: float) -> Tensor:
     return 1 - (1 - sigma) * (1 - last) / (1 - sigma[-1])
 
 
-class FlowMatchEulerDiscreteScheduler(Scheduler):
+class _FlowMatch(Scheduler):
+    """Schedulers along a flow x = (1 - sigma) x0 + sigma eps, whose network predicts eps - x0."""
+
+    narrow = True
+    gives_estimate = False
+    init_noise_sigma = 1.0
+
+    def _start_from(self, sigma: Tensor) -> None:
+        """Make these levels, falling, the steps until told otherwise."""
+        self._schedule = Flow()
+        self._take(sigma, None, None)
+        self.sigmas = self.sigmas[:-1]
+        self.sigma_min, self.sigma_max = float(self.sigmas[-1]), float(self.sigmas[0])
+
+    def _target(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return target_rows("velocity", alpha, sigma)
+
+    def _take(self, sigma: Tensor, time: Tensor | None, device: _Device, inverted: bool = False) -> None:
+        if sigma.dim() != 1 or not bool((sigma.diff() < 0).all()) or not 0 < float(sigma[-1]) <= float(sigma[0]) <= 1:
+            raise ValueError(f"sigmas must fall within (0, 1], got {sigma.tolist()}")
+        last = 0.0
+        if inverted:
+            sigma, time, last = (1 - sigma.float()).double(), None, 1.0  # as upstream rounds
+        levels = torch.cat([sigma, sigma.new_tensor([last])])
+        self._visit(Grid.through(self._schedule, levels, *self._schedule.at(levels)))
+        self._publish(sigma * self._arguments["num_train_timesteps"] if time is None else time, device)
+        self.sigmas = levels.to(device, torch.float32)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """(1 - sigma) sample + sigma noise at ``timestep`` [N] among the scheduler's."""
+        return self._noised(sample, timestep, noise)
+
+
+class FlowMatchEulerDiscreteScheduler(_FlowMatch):
     """Euler's method along a flow x = (1 - sigma) x0 + sigma eps, whose network predicts eps - x0.
 
     With ``invert_sigmas`` it goes the other way, from sigma 0 to 1: its network tells time from the data on.
@@ -1099,10 +1142,7 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         sigmas: with the 0 (inverted the 1) at the end, on the device of ``timesteps`` = ``num_train_timesteps`` sigma.
     """
 
-    narrow = True
     noise_dtype = torch.float32
-    gives_estimate = False
-    init_noise_sigma = 1.0
 
     @recorded
     def __init__(
@@ -1129,12 +1169,9 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         self._kind: Any = kinds[0] if kinds else None
         if time_shift_type not in ("exponential", "linear"):
             raise ValueError(f"time_shift_type must be 'exponential' or 'linear', got {time_shift_type!r}")
-        self._schedule = Flow()
         self._shift = float(shift)
         sigma = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64) / num_train_timesteps
-        self._take(sigma if use_dynamic_shifting else shifted(sigma, self._shift), None, None)
-        self.sigmas = self.sigmas[:-1]
-        self.sigma_min, self.sigma_max = float(self.sigmas[-1]), float(self.sigmas[0])
+        self._start_from(sigma if use_dynamic_shifting else shifted(sigma, self._shift))
 
     @property
     def shift(self) -> float:
@@ -1156,20 +1193,6 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
 
     def _draws(self, index: int) -> bool:
         return bool(self._arguments["stochastic_sampling"])  # in the last step too, which uses none
-
-    def _target(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return target_rows("velocity", alpha, sigma)
-
-    def _take(self, sigma: Tensor, time: Tensor | None, device: _Device, inverted: bool = False) -> None:
-        if sigma.dim() != 1 or not bool((sigma.diff() < 0).all()) or not 0 < float(sigma[-1]) <= float(sigma[0]) <= 1:
-            raise ValueError(f"sigmas must fall within (0, 1], got {sigma.tolist()}")
-        last = 0.0
-        if inverted:
-            sigma, time, last = (1 - sigma.float()).double(), None, 1.0  # as upstream rounds
-        levels = torch.cat([sigma, sigma.new_tensor([last])])
-        self._visit(Grid.through(self._schedule, levels, *self._schedule.at(levels)))
-        self._publish(sigma * self._arguments["num_train_timesteps"] if time is None else time, device)
-        self.sigmas = levels.to(device, torch.float32)
 
     def set_timesteps(
         self,
@@ -1262,6 +1285,66 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         stepped = ops.denoise(tokens, outputs, rows.to(wide), key, noise=noise, return_x0=False).x_next
         return stepped.view_as(sample)
 
-    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """(1 - sigma) sample + sigma noise at ``timestep`` [N] among the scheduler's."""
-        return self._noised(sample, timestep, noise)
+
+class FlowMatchHeunDiscreteScheduler(_InPairs, _FlowMatch):
+    """Heun's method of second order along a flow: each time but the first comes twice in ``timesteps``.
+
+    Churn is as diffusers has it: its noise comes after the evaluation that should see it.
+
+    Attributes:
+        sigmas: as often as their times, and the 0 at the end.
+    """
+
+    _churns = False
+
+    @recorded
+    def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
+        sigma = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64) / num_train_timesteps
+        self._start_from(shifted(sigma, float(shift)))
+
+    def _default_options(self) -> tuple[Any, ...]:
+        return 0.0, 0.0, math.inf, 1.0
+
+    def _plan(self, grid: Grid, *churn: float) -> Plan:
+        here, there, zero = grid.sigma, grid.next_sigma, torch.zeros_like(grid.sigma)
+        hat, noise, way = _churned(here, there, churn, 2 * len(self._grid.time) - 1)
+        # upstream takes the output for the slope at the level before churn, and shares it out over the one after
+        slope, one = way * here / hat, torch.ones_like(here)
+        euler = torch.stack([one, slope, noise, zero], 1)
+        correction = torch.stack([one, 0.5 * way, zero, -0.5 * slope], 1)
+        rows = torch.stack([euler, correction], 1).flatten(0, 1)[:-1]
+        alpha, sigma = (torch.cat([self._twice(v), end[-1:]]) for v, end in ((grid.alpha, grid.next_alpha), (here, there)))
+        return Plan(self._twice(grid.time), alpha, sigma, rows, of="slope")
+
+    def _draws(self, index: int) -> bool:
+        # a correction draws noise as its step does, and uses none
+        return self._churns and bool((index - self._start) % 2)
+
+    def set_timesteps(self, num_inference_steps: int, device: _Device = None) -> None:
+        """Lay out this many steps."""
+        sigma = torch.linspace(self.sigma_max, self.sigma_min, num_inference_steps, dtype=torch.float64)
+        self._take(shifted(sigma, float(self._arguments["shift"])), None, device)
+        self._publish(self._twice(self.timesteps), device)
+        self.sigmas = torch.cat([self._twice(self.sigmas[:-1]), self.sigmas[-1:]])
+        self._levels = self.sigmas.tolist()
+        self.num_inference_steps = num_inference_steps
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generators | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The next evaluation's step or correction: ``prev_sample``."""
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        index = self._position(timestep)
+        self._churns = s_churn > 0 and s_tmin <= self._levels[index - index % 2] <= s_tmax
+        churn = (float(s_churn), float(s_tmin), float(s_tmax), float(s_noise))
+        return self._step(model_output, timestep, sample, options=churn, generator=generator, return_dict=return_dict)
