@@ -133,6 +133,15 @@ CASES = [
     ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True, "stochastic_sampling": True}),
     ("FlowMatchHeunDiscreteScheduler", {}),
     ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0, "num_train_timesteps": 500}),
+    ("EDMEulerScheduler", {}),
+    ("EDMEulerScheduler", {**V, **CLEAN, "sigma_data": 1.0, "rho": 5.0, "sigma_max": 20.0}),
+    ("EDMEulerScheduler", {"sigma_schedule": "exponential"}),
+    ("EDMDPMSolverMultistepScheduler", {}),
+    ("EDMDPMSolverMultistepScheduler", {**V, **CLEAN, "sigma_data": 1.0, "solver_order": 3, "euler_at_final": True}),
+    ("EDMDPMSolverMultistepScheduler", {"solver_order": 3, "sigma_schedule": "exponential"}),
+    ("EDMDPMSolverMultistepScheduler", {**SDE, "solver_type": "heun", "sigma_max": 20.0}),
+    ("EDMDPMSolverMultistepScheduler", {**SDE, **V, "solver_order": 1}),
+    ("EDMDPMSolverMultistepScheduler", {"thresholding": True, "sample_max_value": 1.5, "lower_order_final": False}),
 ]
 
 
@@ -166,7 +175,7 @@ def network(scheduler):
 
     def evaluate(x, t):
         out = torch.tanh(x.flatten(1) @ weight.to(x.dtype) + torch.sin(torch.as_tensor(float(t)) / 200)).reshape(x.shape)
-        if scheduler.config.get("prediction_type") != "epsilon":
+        if bars is None or scheduler.config.get("prediction_type") != "epsilon":
             return out
         bar = bars[round(float(t))].double()
         return ((x.double() - bar.sqrt() * out.double()) / (1 - bar).sqrt()).to(x.dtype)
@@ -194,7 +203,9 @@ def trajectory(scheduler, steps=STEPS, evaluate=None, x=None, times=None, genera
         seen += [shown, x]
         if getattr(step, "pred_original_sample", None) is not None:
             # as it counts in the state: at high noise the estimate itself is a difference of large numbers, good to 6e-5
-            seen.append(step.pred_original_sample * scheduler.alphas_cumprod[max(0, round(float(t)))].float().sqrt())
+            bars = getattr(scheduler, "alphas_cumprod", None)
+            share = 1.0 if bars is None else bars[max(0, round(float(t)))].float().sqrt()
+            seen.append(step.pred_original_sample * share)
     return seen
 
 
@@ -252,6 +263,31 @@ def test_euler_with_churn(target):
     assert (plain[-2] - got[-2]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
+def test_edm_euler_with_churn(target):
+    theirs, mine = both("EDMEulerScheduler", prediction_type=target)
+    evaluate, churn = network(theirs), {"s_churn": 20.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
+    expected, got = (trajectory(s, evaluate=evaluate, **churn) for s in (theirs, mine))
+    # the estimate has the step's noise in it upstream
+    assert_alike([x for i, x in enumerate(got) if i % 3 < 2], [x for i, x in enumerate(expected) if i % 3 < 2])
+    assert (trajectory(mine, evaluate=evaluate)[-2] - got[-2]).abs().max() > 0.01
+    # an estimate that is given, and steps at places of their own
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(sigmas=torch.tensor([0.0, 0.3, 0.8, 1.0]))
+    assert torch.equal(mine.timesteps, theirs.timesteps)
+    given = {"pred_original_sample": start(7).clamp(-1, 1), **churn}
+    expected, got = (trajectory(s, None, evaluate, **given) for s in (theirs, mine))
+    assert_alike(got, expected)
+
+
+def test_preconditioning_of_edm():
+    theirs, mine = both("EDMEulerScheduler", sigma_data=0.7)
+    x, out, sigma = start(), start(1), torch.tensor(3.0)
+    assert torch.equal(mine.precondition_noise(0.3), theirs.precondition_noise(0.3))
+    assert_alike([mine.precondition_inputs(x, sigma)], [theirs.precondition_inputs(x, sigma)])
+    assert_alike([mine.precondition_outputs(x, out, sigma)], [theirs.precondition_outputs(x, out, sigma)])
+
+
 def test_heun_of_a_flow_with_churn():
     theirs, mine = both("FlowMatchHeunDiscreteScheduler", shift=2.0)
     evaluate, churn = network(theirs), {"s_churn": 30.0, "s_tmin": 0.2, "s_tmax": 0.9, "s_noise": 1.01}
@@ -288,13 +324,14 @@ def test_shifts_of_flows():
         ("DPMSolverSinglestepScheduler", CLEAN),
         ("DPMSolverSinglestepScheduler", SDE),
         ("DEISMultistepScheduler", {}),
+        ("EDMDPMSolverMultistepScheduler", {}),
     ],
 )
 def test_short_runs_of_the_solvers(name, config, order):
     """Below 15 steps the order falls at the end; a single-step solver's where its blocks do not fill the steps."""
     for steps in (1, 2, 3, 7, 8, 9):
         # upstream's keeps what a run did to its config
-        theirs, mine = both(name, **SD, **config, solver_order=order)
+        theirs, mine = both(name, **({} if name.startswith("EDM") else SD), **config, solver_order=order)
         evaluate = network(theirs)
         assert_alike(trajectory(mine, steps, evaluate), trajectory(theirs, steps, evaluate))
 
@@ -594,7 +631,7 @@ def test_signatures_are_those_of_diffusers(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_configs_go_both_ways(name, tmp_path):
     theirs, mine = getattr(diffusers, name), getattr(ours, name)
-    given = {"num_train_timesteps": 500} if name.startswith("Flow") else {**SD, "num_train_timesteps": 500}
+    given = {"num_train_timesteps": 500, **({} if name.startswith(("Flow", "EDM")) else SD)}
     there = theirs(**given)
     here = mine.from_config(there.config)
     back = theirs.from_config(here.config)
@@ -721,6 +758,14 @@ def test_half_precision(name):
         ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, "prediction_type must be one of epsilon"),
         ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "final_sigmas_type": "sigma_min"}, "with an empty step"),
         ("FlowMatchEulerDiscreteScheduler", {"use_beta_sigmas": True, "use_karras_sigmas": True}, "only one of"),
+        (
+            "EDMEulerScheduler",
+            {"prediction_type": "sample"},
+            "prediction_type must be one of epsilon, v_prediction, got 'sample'",
+        ),
+        ("EDMDPMSolverMultistepScheduler", {"sigma_schedule": "beta"}, "sigma_schedule must be one of karras, exponential"),
+        ("EDMDPMSolverMultistepScheduler", {**SDE, "solver_order": 3}, r"solver_order must be in 1 \.\. 2 for"),
+        ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "algorithm_type must be 'dpmsolver"),
     ],
 )
 def test_unsupported_arguments_are_named(name, config, message):
