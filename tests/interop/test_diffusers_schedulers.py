@@ -37,7 +37,8 @@ INTERNALS = {
     *("alpha_t", "sigma_t", "lambda_t", "is_scale_input_called", "use_karras_sigmas", "use_exponential_sigmas"),
     *("use_beta_sigmas", "one", "custom_timesteps", "variance_type", "predict_x0", "solver_p", "disable_corrector"),
     *("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order", "derivatives", "prev_derivative"),
-    *("dt", "sample", "order_list"),
+    *("dt", "sample", "order_list", "prk_timesteps", "plms_timesteps", "pndm_order", "cur_model_output", "cur_sample"),
+    *("counter", "ets"),
 }
 """What diffusers' schedulers keep for themselves in attributes without an underscore; no general pipeline reads it."""
 CASES = [
@@ -133,6 +134,10 @@ CASES = [
     ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True, "stochastic_sampling": True}),
     ("FlowMatchHeunDiscreteScheduler", {}),
     ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0, "num_train_timesteps": 500}),
+    ("PNDMScheduler", {}),
+    ("PNDMScheduler", {**SD, "skip_prk_steps": True, "steps_offset": 1}),
+    ("PNDMScheduler", {**SD, **V, "timestep_spacing": "trailing", "set_alpha_to_one": True}),
+    ("PNDMScheduler", {**V, "skip_prk_steps": True, "timestep_spacing": "linspace", "set_alpha_to_one": True}),
     ("EDMEulerScheduler", {}),
     ("EDMEulerScheduler", {**V, **CLEAN, "sigma_data": 1.0, "rho": 5.0, "sigma_max": 20.0}),
     ("EDMEulerScheduler", {"sigma_schedule": "exponential"}),
@@ -336,6 +341,21 @@ def test_short_runs_of_the_solvers(name, config, order):
         assert_alike(trajectory(mine, steps, evaluate), trajectory(theirs, steps, evaluate))
 
 
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
+def test_short_runs_of_pndm(target):
+    for skips, counts in ((True, (1, 2, 3, 4, 5)), (False, (4, 5, 6))):
+        for steps in counts:
+            theirs, mine = both("PNDMScheduler", **SD, skip_prk_steps=skips, prediction_type=target)
+            evaluate = network(theirs)
+            assert_alike(trajectory(mine, steps, evaluate), trajectory(theirs, steps, evaluate))
+    with pytest.raises(ValueError, match="at least 4 unless skip_prk_steps=True, got 3"):
+        mine.set_timesteps(3)
+    mine.set_timesteps(8)
+    mine.set_begin_index(5)
+    with pytest.raises(ValueError, match="cannot start in the middle"):
+        mine.step(start(), mine.timesteps[5], start())
+
+
 @pytest.mark.parametrize("clipped", [False, True])
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_ddim_with_eta(eta, clipped):
@@ -427,7 +447,7 @@ def test_times_of_tokens(stochastic):
 @pytest.mark.parametrize("name", NAMES)
 def test_starting_in_the_middle(name):
     """Image to image: the steps from the 20th on, the first with no past."""
-    theirs, mine = both(name)
+    theirs, mine = both(name, **({"skip_prk_steps": True} if name == "PNDMScheduler" else {}))
     x = 0.3 * start()
     evaluate = network(theirs)
     pair = []

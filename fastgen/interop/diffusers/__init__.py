@@ -17,6 +17,7 @@ from fastgen.interop.diffusers.schedulers import (
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     LMSDiscreteScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from fastgen.interop.diffusers.weights import load, load_autoencoder_kl, load_unet
@@ -35,6 +36,7 @@ __all__ = [
     "FlowMatchHeunDiscreteScheduler",
     "HeunDiscreteScheduler",
     "LMSDiscreteScheduler",
+    "PNDMScheduler",
     "UniPCMultistepScheduler",
     "load",
     "load_autoencoder_kl",

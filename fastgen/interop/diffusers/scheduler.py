@@ -433,6 +433,7 @@ class ChainScheduler(Scheduler):
     _compatibles: ClassVar[list[str]] = [
         "DDIMScheduler",
         "DDPMScheduler",
+        "PNDMScheduler",
         "LMSDiscreteScheduler",
         "EulerDiscreteScheduler",
         "HeunDiscreteScheduler",
