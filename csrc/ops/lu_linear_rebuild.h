@@ -15,10 +15,10 @@ inline float* padded_matrix(const PixelTiling& tiling, const double* matrix, boo
   return out;
 }
 
-// Leaves the gradient of the matrix in `grad_matrix`, [channels, channels].
+// Leaves sum dy y^T in `products`, [channels, channels].
 template <class T>
 INLINE void lu_linear_rebuild_as(int64_t samples, int64_t channels, int64_t pixels, const T* y, const LuFactors& forward,
-                                 const LuFactors& inverse, const T* grad_y, T* x, T* grad_x, double* grad_matrix,
+                                 const LuFactors& inverse, const T* grad_y, T* x, T* grad_x, double* products,
                                  int64_t threads) {
   const PixelTiling tiling(samples, channels, pixels, 256);
   float *const back = padded_matrix(tiling, inverse.matrix, false), *const turned = padded_matrix(tiling, forward.matrix, true);
@@ -33,11 +33,11 @@ INLINE void lu_linear_rebuild_as(int64_t samples, int64_t channels, int64_t pixe
       const int64_t count = tiling.count(tile);
       tiling.read(tile, y, given);
       tiling.read(tile, grad_y, grad);
+      tiling.add_outer(grad, given, count, sums);
       tiling.product(back, given, found, count);
       tiling.write(tile, found, x);
-      tiling.product(turned, grad, given, count);
-      tiling.write(tile, given, grad_x);
-      tiling.add_outer(grad, found, count, sums);
+      tiling.product(turned, grad, found, count);
+      tiling.write(tile, found, grad_x);
     }
     for (int64_t i = 0; i < channels; ++i)
       for (int64_t j = 0; j < channels; ++j) partial[task * size + i * channels + j] = tiling.outer(sums, i, j);
@@ -45,7 +45,7 @@ INLINE void lu_linear_rebuild_as(int64_t samples, int64_t channels, int64_t pixe
     delete[] given;
   });
   for (int64_t task = 0; task < tasks; ++task)
-    for (int64_t i = 0; i < size; ++i) grad_matrix[i] += partial[task * size + i];
+    for (int64_t i = 0; i < size; ++i) products[i] += partial[task * size + i];
   delete[] partial;
   delete[] turned;
   delete[] back;
@@ -58,17 +58,23 @@ inline void lu_linear_rebuild(int64_t dtype, int64_t samples, int64_t channels, 
                               int64_t threads) {
   const LuFactors forward(channels, lower, upper, log_diagonal, sign, permutation, false);
   const LuFactors inverse(channels, lower, upper, log_diagonal, sign, permutation, true);
-  double* grad_matrix = new double[channels * channels + 1]();
+  const int64_t size = channels * channels;
+  double *const products = new double[2 * size + 1](), *const grad_matrix = products + size;
   const auto run = [&](auto* t) {
     using T = typename Pointee<decltype(t)>::type;
     lu_linear_rebuild_as<T>(samples, channels, pixels, (const T*)y, forward, inverse, (const T*)grad_y, (T*)x, (T*)grad_x,
-                            grad_matrix, threads);
+                            products, threads);
   };
   with_dtype(dtype, run);
+  // sum dy x^T = (sum dy y^T) W^-T, in float64: the pixels of x are rounded, the sum of those of y is not
+  for (int64_t i = 0; i < channels; ++i)
+    for (int64_t j = 0; j < channels; ++j)
+      for (int64_t k = 0; k < channels; ++k)
+        grad_matrix[i * channels + j] += products[i * channels + k] * inverse.matrix[j * channels + k];
   double by_log_det = 0;
   for (int64_t n = 0; n < samples; ++n) by_log_det += grad_log_det[n];
   forward.differentiate(grad_matrix, by_log_det * (double)pixels, false, grad_lower, grad_upper, grad_log_diagonal);
-  delete[] grad_matrix;
+  delete[] products;
 }
 
 FASTGEN_KERNELS(lu_linear_rebuild, KERNEL(lu_linear_rebuild))

@@ -2,7 +2,7 @@
 
 With y = W x, from y and the gradients of the loss in y and log_det come
 
-    x = W^-1 y,    dx = W^T dy,    and from G = sum dy x^T the gradients of the factors, as in the backward pass
+    x = W^-1 y,    dx = W^T dy,    and from G = sum dy x^T = (sum dy y^T) W^-T the gradients of the factors, as in backward
 
 with W and W^-1 formed in float64 once. The pixels are read once, and x need not have been kept.
 
@@ -166,7 +166,11 @@ SPEC = OpSpec(
     name="lu_linear_rebuild",
     function=lu_linear_rebuild,
     reference=lu_linear_rebuild_reference,
-    outputs=dict.fromkeys(RebuiltLinear._fields, "elementwise"),
+    # the gradients of the factors are sums over all pixels, whose terms cancel, as those of lu_linear are
+    outputs={
+        name: "reduction" if name.startswith("grad_l") or name == "grad_upper" else "elementwise"
+        for name in RebuiltLinear._fields
+    },
     gradients=(),
     example_inputs=_example_inputs,
     flags={"channels": (3, 1, 12, 21)},

@@ -37,7 +37,8 @@ INTERNALS = {
     *("alpha_t", "sigma_t", "lambda_t", "is_scale_input_called", "use_karras_sigmas", "use_exponential_sigmas"),
     *("use_beta_sigmas", "one", "custom_timesteps", "variance_type", "predict_x0", "solver_p", "disable_corrector"),
     *("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order", "derivatives", "prev_derivative"),
-    *("dt", "sample", "order_list"),
+    *("dt", "sample", "order_list", "prk_timesteps", "plms_timesteps", "pndm_order", "cur_model_output", "cur_sample"),
+    *("counter", "ets"),
 }
 """What diffusers' schedulers keep for themselves in attributes without an underscore; no general pipeline reads it."""
 CASES = [
@@ -131,6 +132,21 @@ CASES = [
     ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True, "shift": 2.0}),
     ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True, "shift": 2.0}),
     ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True, "stochastic_sampling": True}),
+    ("FlowMatchHeunDiscreteScheduler", {}),
+    ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0, "num_train_timesteps": 500}),
+    ("PNDMScheduler", {}),
+    ("PNDMScheduler", {**SD, "skip_prk_steps": True, "steps_offset": 1}),
+    ("PNDMScheduler", {**SD, **V, "timestep_spacing": "trailing", "set_alpha_to_one": True}),
+    ("PNDMScheduler", {**V, "skip_prk_steps": True, "timestep_spacing": "linspace", "set_alpha_to_one": True}),
+    ("EDMEulerScheduler", {}),
+    ("EDMEulerScheduler", {**V, **CLEAN, "sigma_data": 1.0, "rho": 5.0, "sigma_max": 20.0}),
+    ("EDMEulerScheduler", {"sigma_schedule": "exponential"}),
+    ("EDMDPMSolverMultistepScheduler", {}),
+    ("EDMDPMSolverMultistepScheduler", {**V, **CLEAN, "sigma_data": 1.0, "solver_order": 3, "euler_at_final": True}),
+    ("EDMDPMSolverMultistepScheduler", {"solver_order": 3, "sigma_schedule": "exponential"}),
+    ("EDMDPMSolverMultistepScheduler", {**SDE, "solver_type": "heun", "sigma_max": 20.0}),
+    ("EDMDPMSolverMultistepScheduler", {**SDE, **V, "solver_order": 1}),
+    ("EDMDPMSolverMultistepScheduler", {"thresholding": True, "sample_max_value": 1.5, "lower_order_final": False}),
 ]
 
 
@@ -164,7 +180,7 @@ def network(scheduler):
 
     def evaluate(x, t):
         out = torch.tanh(x.flatten(1) @ weight.to(x.dtype) + torch.sin(torch.as_tensor(float(t)) / 200)).reshape(x.shape)
-        if scheduler.config.get("prediction_type") != "epsilon":
+        if bars is None or scheduler.config.get("prediction_type") != "epsilon":
             return out
         bar = bars[round(float(t))].double()
         return ((x.double() - bar.sqrt() * out.double()) / (1 - bar).sqrt()).to(x.dtype)
@@ -192,7 +208,9 @@ def trajectory(scheduler, steps=STEPS, evaluate=None, x=None, times=None, genera
         seen += [shown, x]
         if getattr(step, "pred_original_sample", None) is not None:
             # as it counts in the state: at high noise the estimate itself is a difference of large numbers, good to 6e-5
-            seen.append(step.pred_original_sample * scheduler.alphas_cumprod[max(0, round(float(t)))].float().sqrt())
+            bars = getattr(scheduler, "alphas_cumprod", None)
+            share = 1.0 if bars is None else bars[max(0, round(float(t)))].float().sqrt()
+            seen.append(step.pred_original_sample * share)
     return seen
 
 
@@ -250,6 +268,40 @@ def test_euler_with_churn(target):
     assert (plain[-2] - got[-2]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
+def test_edm_euler_with_churn(target):
+    theirs, mine = both("EDMEulerScheduler", prediction_type=target)
+    evaluate, churn = network(theirs), {"s_churn": 20.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
+    expected, got = (trajectory(s, evaluate=evaluate, **churn) for s in (theirs, mine))
+    # the estimate has the step's noise in it upstream
+    assert_alike([x for i, x in enumerate(got) if i % 3 < 2], [x for i, x in enumerate(expected) if i % 3 < 2])
+    assert (trajectory(mine, evaluate=evaluate)[-2] - got[-2]).abs().max() > 0.01
+    # an estimate that is given, and steps at places of their own
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(sigmas=torch.tensor([0.0, 0.3, 0.8, 1.0]))
+    assert torch.equal(mine.timesteps, theirs.timesteps)
+    given = {"pred_original_sample": start(7).clamp(-1, 1), **churn}
+    expected, got = (trajectory(s, None, evaluate, **given) for s in (theirs, mine))
+    assert_alike(got, expected)
+
+
+def test_preconditioning_of_edm():
+    theirs, mine = both("EDMEulerScheduler", sigma_data=0.7)
+    x, out, sigma = start(), start(1), torch.tensor(3.0)
+    assert torch.equal(mine.precondition_noise(0.3), theirs.precondition_noise(0.3))
+    assert_alike([mine.precondition_inputs(x, sigma)], [theirs.precondition_inputs(x, sigma)])
+    assert_alike([mine.precondition_outputs(x, out, sigma)], [theirs.precondition_outputs(x, out, sigma)])
+
+
+def test_heun_of_a_flow_with_churn():
+    theirs, mine = both("FlowMatchHeunDiscreteScheduler", shift=2.0)
+    evaluate, churn = network(theirs), {"s_churn": 30.0, "s_tmin": 0.2, "s_tmax": 0.9, "s_noise": 1.01}
+    got = trajectory(mine, 20, evaluate, **churn)
+    assert_alike(got, trajectory(theirs, 20, evaluate, **churn))
+    assert (trajectory(mine, 20, evaluate)[-1] - got[-1]).abs().max() > 0.01
+    assert mine.state_in_first_order is theirs.state_in_first_order is False
+
+
 def test_shifts_of_flows():
     config = {**FLOW, "use_dynamic_shifting": True}
     for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
@@ -277,15 +329,31 @@ def test_shifts_of_flows():
         ("DPMSolverSinglestepScheduler", CLEAN),
         ("DPMSolverSinglestepScheduler", SDE),
         ("DEISMultistepScheduler", {}),
+        ("EDMDPMSolverMultistepScheduler", {}),
     ],
 )
 def test_short_runs_of_the_solvers(name, config, order):
     """Below 15 steps the order falls at the end; a single-step solver's where its blocks do not fill the steps."""
     for steps in (1, 2, 3, 7, 8, 9):
         # upstream's keeps what a run did to its config
-        theirs, mine = both(name, **SD, **config, solver_order=order)
+        theirs, mine = both(name, **({} if name.startswith("EDM") else SD), **config, solver_order=order)
         evaluate = network(theirs)
         assert_alike(trajectory(mine, steps, evaluate), trajectory(theirs, steps, evaluate))
+
+
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
+def test_short_runs_of_pndm(target):
+    for skips, counts in ((True, (1, 2, 3, 4, 5)), (False, (4, 5, 6))):
+        for steps in counts:
+            theirs, mine = both("PNDMScheduler", **SD, skip_prk_steps=skips, prediction_type=target)
+            evaluate = network(theirs)
+            assert_alike(trajectory(mine, steps, evaluate), trajectory(theirs, steps, evaluate))
+    with pytest.raises(ValueError, match="at least 4 unless skip_prk_steps=True, got 3"):
+        mine.set_timesteps(3)
+    mine.set_timesteps(8)
+    mine.set_begin_index(5)
+    with pytest.raises(ValueError, match="cannot start in the middle"):
+        mine.step(start(), mine.timesteps[5], start())
 
 
 @pytest.mark.parametrize("clipped", [False, True])
@@ -379,7 +447,7 @@ def test_times_of_tokens(stochastic):
 @pytest.mark.parametrize("name", NAMES)
 def test_starting_in_the_middle(name):
     """Image to image: the steps from the 20th on, the first with no past."""
-    theirs, mine = both(name)
+    theirs, mine = both(name, **({"skip_prk_steps": True} if name == "PNDMScheduler" else {}))
     x = 0.3 * start()
     evaluate = network(theirs)
     pair = []
@@ -409,7 +477,11 @@ def test_noise_of_the_schedulers_times(name):
     times = mine.timesteps[[0, 3, 3, 7]]
     got = getattr(mine, verb)(x, times, noise) if verb == "scale_noise" else mine.add_noise(x, noise, times)
     same = theirs.timesteps[[0, 3, 3, 7]]
-    expected = theirs.scale_noise(x, same, noise) if verb == "scale_noise" else theirs.add_noise(x, noise, same)
+    if name == "FlowMatchHeunDiscreteScheduler":
+        # upstream takes one time, and keeps its place
+        expected = torch.cat([copy.copy(theirs).scale_noise(x[i : i + 1], t, noise[i : i + 1]) for i, t in enumerate(same)])
+    else:
+        expected = theirs.scale_noise(x, same, noise) if verb == "scale_noise" else theirs.add_noise(x, noise, same)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -579,7 +651,7 @@ def test_signatures_are_those_of_diffusers(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_configs_go_both_ways(name, tmp_path):
     theirs, mine = getattr(diffusers, name), getattr(ours, name)
-    given = {"num_train_timesteps": 500} if name.startswith("Flow") else {**SD, "num_train_timesteps": 500}
+    given = {"num_train_timesteps": 500, **({} if name.startswith(("Flow", "EDM")) else SD)}
     there = theirs(**given)
     here = mine.from_config(there.config)
     back = theirs.from_config(here.config)
@@ -608,7 +680,7 @@ def test_configs_between_classes():
     heun = ours.HeunDiscreteScheduler.from_config(euler.config, use_karras_sigmas=True)
     assert heun.config.beta_start == 0.00085  # its own default, not DDPM's
     assert ours.DDPMScheduler.from_config(heun.config).config.variance_type == "fixed_large"
-    assert {cls.__name__ for cls in euler.compatibles} == set(NAMES) - {"FlowMatchEulerDiscreteScheduler"}
+    assert {cls.__name__ for cls in euler.compatibles} == {name for name in NAMES if not name.startswith(("Flow", "EDM"))}
     made, unused = ours.DDIMScheduler.from_config({"beta_end": 0.03, "novel": 1}, return_unused_kwargs=True)
     assert made.config.beta_end == 0.03
     assert unused == {"novel": 1}
@@ -706,6 +778,14 @@ def test_half_precision(name):
         ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, "prediction_type must be one of epsilon"),
         ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "final_sigmas_type": "sigma_min"}, "with an empty step"),
         ("FlowMatchEulerDiscreteScheduler", {"use_beta_sigmas": True, "use_karras_sigmas": True}, "only one of"),
+        (
+            "EDMEulerScheduler",
+            {"prediction_type": "sample"},
+            "prediction_type must be one of epsilon, v_prediction, got 'sample'",
+        ),
+        ("EDMDPMSolverMultistepScheduler", {"sigma_schedule": "beta"}, "sigma_schedule must be one of karras, exponential"),
+        ("EDMDPMSolverMultistepScheduler", {**SDE, "solver_order": 3}, r"solver_order must be in 1 \.\. 2 for"),
+        ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "algorithm_type must be 'dpmsolver"),
     ],
 )
 def test_unsupported_arguments_are_named(name, config, message):

@@ -361,7 +361,7 @@ class Scheduler(Configured):
                 slot.copy_(x0.detach())
             elif self.gives_estimate and not table.of_slopes:
                 x0 = x0.clone()
-        if table.of_slopes:
+        if table.of_slopes and self.gives_estimate:
             assert x0 is not None
             x0 = torch.add(sample, x0, alpha=-self._levels[index])
         if self.narrow and out.dtype is not given:
@@ -433,6 +433,7 @@ class ChainScheduler(Scheduler):
     _compatibles: ClassVar[list[str]] = [
         "DDIMScheduler",
         "DDPMScheduler",
+        "PNDMScheduler",
         "LMSDiscreteScheduler",
         "EulerDiscreteScheduler",
         "HeunDiscreteScheduler",

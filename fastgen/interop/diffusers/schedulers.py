@@ -45,7 +45,7 @@ from fastgen.diffusion.samplers import (
     mirrored,
     on_noise,
 )
-from fastgen.diffusion.schedules import Flow, Grid, noise_levels, target_rows
+from fastgen.diffusion.schedules import Flow, Grid, Karras, estimate_rows, noise_levels, target_rows
 from fastgen.diffusion.upstream import upstream_block_order, upstream_third_order
 from fastgen.interop.diffusers.config import recorded
 from fastgen.interop.diffusers.scheduler import ChainScheduler, Generators, Scheduler, SchedulerOutput, drawn
@@ -56,11 +56,15 @@ __all__ = [
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
     "HeunDiscreteScheduler",
     "LMSDiscreteScheduler",
+    "PNDMScheduler",
     "UniPCMultistepScheduler",
 ]
 
@@ -295,6 +299,15 @@ class _Levels(ChainScheduler):
         return sample * self._scales[self._position(timestep)]  # type: ignore[arg-type]
 
 
+def _churned(here: Tensor, there: Tensor, options: tuple[float, ...], steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Churn as diffusers has it: the levels that it lifts ``here`` to, the noise that does, and the way to ``there``."""
+    churn, low, high, scale = options
+    within = (here >= low) & (here <= high)
+    more = torch.where(within, min(max(churn, 0.0) / steps, math.sqrt(2) - 1), 0.0)
+    hat = here * (1 + more)
+    return hat, scale * (hat.square() - here.square()).sqrt(), there - hat
+
+
 class EulerDiscreteScheduler(_Levels):
     """Euler's method on the probability flow.
 
@@ -338,22 +351,18 @@ class EulerDiscreteScheduler(_Levels):
         return 0.0, 0.0, math.inf, 1.0
 
     def _finished(self, rows: Tensor, plan: Plan, options: tuple[Any, ...]) -> Tensor:
-        churn, low, high, scale = options
         ratio = plan.sigma / plan.alpha
         here, there = ratio[:-1], ratio[1:]
-        within = (here >= low) & (here <= high)
-        more = torch.where(within, min(churn / (len(self.sigmas) - 1), math.sqrt(2) - 1), 0.0)
-        if not bool((more > 0).any()):
+        hat, z, way = _churned(here, there, options, len(self.sigmas) - 1)
+        if not bool((hat > here).any()):
             return rows
         # in units of alpha: noise z on top of x, and a step of (there - hat) along (x + z - x0) / hat. The estimate takes
         # the noise for signal and, of the noise, the output for that at the level ``hat``.
-        hat = here * (1 + more)
-        z = scale * (hat.square() - here.square()).sqrt()
-        step = (there - hat) / hat
+        step = way / hat
         seen = plan.alpha[:-1] * rows[:, 0]  # how the estimate moves with x
         p, q, keep, signal = rows[:, 0], rows[:, 1], 1 + step, -step
         if self._arguments["prediction_type"] == "epsilon":
-            q = q * (1 + more)
+            q = q * (hat / here)
         noise = z * (keep + signal * seen)
         back = 1 / plan.alpha[:-1]
         scaled = torch.stack([p, q, keep * back, signal, noise], 1)
@@ -469,10 +478,28 @@ class EulerAncestralDiscreteScheduler(_Levels):
         return self._step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
 
 
-class HeunDiscreteScheduler(_Levels):
+class _InPairs(Scheduler):
     """Heun's method of second order: each time but the first comes twice in ``timesteps``."""
 
     order = 2
+
+    @staticmethod
+    def _twice(values: Tensor) -> Tensor:
+        return torch.cat([values[:1], values[1:].repeat_interleave(2)])
+
+    def _points(self) -> tuple[Tensor, Tensor]:
+        grid = self._grid
+        alpha, sigma = self._twice(grid.alpha), self._twice(grid.sigma)
+        return torch.cat([alpha, grid.next_alpha[-1:]]), torch.cat([sigma, grid.next_sigma[-1:]])
+
+    @property
+    def state_in_first_order(self) -> bool:
+        """Whether the next evaluation starts a step."""
+        return self._step_index is None or not (self._step_index - self._start) % 2
+
+
+class HeunDiscreteScheduler(_InPairs, _Levels):
+    """Heun's method of second order: each time but the first comes twice in ``timesteps``."""
 
     @recorded
     def __init__(
@@ -496,22 +523,8 @@ class HeunDiscreteScheduler(_Levels):
     def _sampler(self) -> Sampler:
         return Heun()
 
-    @staticmethod
-    def _twice(values: Tensor) -> Tensor:
-        return torch.cat([values[:1], values[1:].repeat_interleave(2)])
-
     def _times(self) -> Tensor:
         return self._twice(self._grid.time)
-
-    def _points(self) -> tuple[Tensor, Tensor]:
-        grid = self._grid
-        alpha, sigma = self._twice(grid.alpha), self._twice(grid.sigma)
-        return torch.cat([alpha, grid.next_alpha[-1:]]), torch.cat([sigma, grid.next_sigma[-1:]])
-
-    @property
-    def state_in_first_order(self) -> bool:
-        """Whether the next evaluation starts a step."""
-        return self._step_index is None or not (self._step_index - self._start) % 2
 
     def set_timesteps(
         self,
@@ -576,6 +589,132 @@ class LMSDiscreteScheduler(_Levels):
         return self._step(model_output, timestep, sample, options=(order,), return_dict=return_dict)
 
 
+class PNDMScheduler(ChainScheduler):
+    """Pseudo linear multistep of order 4 on the outputs (Liu et al., 2022, "Pseudo numerical methods for diffusion models on
+    manifolds"), after three Runge-Kutta steps of four evaluations each, or with ``skip_prk_steps``, as Stable Diffusion has it,
+    after one of Heun's: ``timesteps`` are the evaluations'. A run with Runge-Kutta steps starts at the first.
+    """
+
+    layout = "stride"
+    whole_times: ClassVar[bool] = True
+    gives_estimate: ClassVar[bool] = False
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: _Betas = None,
+        skip_prk_steps: bool = False,
+        set_alpha_to_one: bool = False,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+    ) -> None:
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type must be one of epsilon, v_prediction, got {prediction_type!r}")
+        self._build()
+        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+
+    def _lay_out(self, *args: Any, **kwargs: Any) -> None:
+        super()._lay_out(*args, **kwargs)
+        time, own = self._grid.time, self.timesteps
+        self._stride = self._schedule.steps // len(time)
+        if not self._arguments["skip_prk_steps"]:
+            if len(time) < 4:
+                raise ValueError(f"num_inference_steps must be at least 4 unless skip_prk_steps=True, got {len(time)}")
+            middle = time[1:4] + self._stride // 2
+            time = torch.cat([torch.stack([time[:3], middle, middle, time[1:4]], 1).flatten(), time[3:]])
+        elif len(time) > 1:
+            time = torch.cat([time[:2], time[1:]])
+        alpha, sigma = self._schedule.at(time)
+        end = [torch.tensor([value], dtype=torch.float64) for value in (self._schedule.clean, *self._level_at(-1))]
+        self._visit(Grid.through(self._schedule, *(torch.cat(pair) for pair in zip((time, alpha, sigma), end, strict=True))))
+        self._publish(time, own.device)
+        self._level()
+
+    def _level_at(self, time: int) -> tuple[float, float]:
+        """(alpha, sigma) of the chain; before its start, of what the last step goes to."""
+        chain = self._schedule.alphas_cumprod
+        bar = 1.0 if time < 0 and self._arguments["set_alpha_to_one"] else float(chain[max(time, 0)])
+        return math.sqrt(bar), math.sqrt(1 - bar)
+
+    def _moves(self, time: list[int]) -> list[tuple[int, int, bool, dict[int, float]]]:
+        """Of each evaluation from when to when it steps, whether from the present state or from that of the step before, and
+        the weights of the evaluations."""
+        moves: list[tuple[int, int, bool, dict[int, float]]] = []
+        kept: list[int] = []
+        if not self._arguments["skip_prk_steps"]:
+            for i in range(12):
+                first = i - i % 4
+                weights = {i: 1.0} if i - first < 3 else {first: 1 / 6, first + 1: 1 / 3, first + 2: 1 / 3, i: 1 / 6}
+                moves.append((time[first], time[i] - (0 if i % 2 else self._stride // 2), i == first, weights))
+            kept = [8, 4, 0]
+        for i in range(len(moves), len(time)):
+            if kept == [0] and i == 1:
+                # the first step again, with the mean of the slopes at its ends; what was just evaluated is not kept
+                moves.append((time[1] + self._stride, time[1], False, {0: 0.5, 1: 0.5}))
+                continue
+            kept = [i, *kept][:4]
+            moves.append((time[i], time[i] - self._stride, True, dict(zip(kept, _ADAMS_BASHFORTH[len(kept)], strict=True))))
+        return moves
+
+    def _plan(self, grid: Grid) -> Plan:
+        skips = self._arguments["skip_prk_steps"]
+        if not skips and len(grid.time) < len(self._grid.time):
+            raise ValueError("Runge-Kutta steps cannot start in the middle: use skip_prk_steps=True")
+        time, slots = [int(t) for t in grid.time], 4 if skips else 12
+        rows = torch.zeros(len(time), 3 + slots, dtype=torch.float64)
+        share, known = 1.0, torch.zeros(len(time), dtype=torch.float64)
+        for i, (here, there, present, weights) in enumerate(self._moves(time)):
+            if present:
+                share, known = 1.0, torch.zeros_like(known)
+            # the present state is share times the one that is stepped from, and known outputs
+            (alpha, sigma), (next_alpha, next_sigma) = self._level_at(here), self._level_at(there)
+            keep = next_alpha / alpha
+            gain = next_sigma - keep * sigma
+            if self._arguments["prediction_type"] == "v_prediction":
+                keep, gain = keep + gain * sigma, gain * alpha
+            mixed = torch.zeros_like(known)
+            mixed[list(weights)] = gain * torch.tensor(list(weights.values()), dtype=torch.float64)
+            combined = mixed - keep / share * known
+            rows[i, 0], rows[i, 1] = keep / share, combined[i]
+            past = combined[max(0, i - slots) : i].flip(0)
+            rows[i, 3 : 3 + len(past)] = past
+            share, known = keep, mixed
+        alphas, sigmas = (values[-len(time) - 1 :] for values in self._points())
+        return Plan(grid.time, alphas, sigmas, rows, of="noise")
+
+    def _finished(self, rows: Tensor, plan: Plan, options: tuple[Any, ...]) -> Tensor:
+        # what is combined are the outputs as they are
+        return torch.cat([rows.new_tensor([[0.0, 1.0]]).expand(len(rows), 2), rows[:, 2:]], 1)
+
+    def set_timesteps(self, num_inference_steps: int, device: _Device = None) -> None:
+        """Lay out this many steps."""
+        self._set_timesteps(num_inference_steps, device)
+
+    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
+        """The next evaluation's step: ``prev_sample``."""
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        return self._step(model_output, timestep, sample, return_dict=return_dict)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha x0 + sigma noise at ``timesteps`` [N], any of the chain's."""
+        return self._diffused(original_samples, noise, self._chain_rows(original_samples, timesteps))
+
+
+_ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+"""Weights of the last slopes, newest first, in even steps."""
+
+
 class _Solver(ChainScheduler):
     """The multistep solvers on x0: whole times, and ``prev_sample`` alone; over the chain, or with flow sigmas along a flow."""
 
@@ -601,7 +740,31 @@ class _Solver(ChainScheduler):
         self._rows(torch.empty(0, device=device), self._default_options())
 
 
-class _DPMSolver(_Solver):
+class _Multistep(Scheduler):
+    """Solvers whose order falls at the ends of a run."""
+
+    def _multistep_orders(self, grid: Grid) -> list[int]:
+        """Of the last steps, when these are all: lower at first, and in short runs at the end."""
+        given, count = self._arguments, len(grid.time)
+        orders = [min(given["solver_order"], step + 1) for step in range(count)]
+        short = given["lower_order_final"] and len(self._grid.time) < 15
+        if short or given.get("euler_at_final"):
+            orders[-1] = 1
+        if short and count > 1:
+            orders[-2] = min(orders[-2], 2)
+        return orders
+
+    def _multistep_plan(self, sampler: DPMSolver, grid: Grid) -> Plan:
+        """Of DPM-Solver, with upstream's third order."""
+        orders = self._multistep_orders(grid)
+        plan = sampler.plan_of_orders(grid, orders)
+        if sampler.order == 3:
+            third = [step for step, order in enumerate(orders) if order == 3]
+            plan = plan._replace(rows=plan.rows + upstream_third_order(grid, third, sampler))
+        return plan
+
+
+class _DPMSolver(_Multistep, _Solver):
     """DPM-Solver and DPM-Solver++ and what comes near them, along a chain or a flow."""
 
     _algorithms: ClassVar[tuple[str, ...]] = ()
@@ -636,17 +799,6 @@ class _DPMSolver(_Solver):
 
     def _draws(self, index: int) -> bool:
         return self._stochastic
-
-    def _multistep_orders(self, grid: Grid) -> list[int]:
-        """Of the last steps, when these are all: lower at first, and in short runs at the end."""
-        given, count = self._arguments, len(grid.time)
-        orders = [min(given["solver_order"], step + 1) for step in range(count)]
-        short = given["lower_order_final"] and len(self._grid.time) < 15
-        if short or given.get("euler_at_final"):
-            orders[-1] = 1
-        if short and count > 1:
-            orders[-2] = min(orders[-2], 2)
-        return orders
 
     def _last_of_flow(self, sigma: Tensor) -> float:
         alpha, rest = self._end()
@@ -731,12 +883,7 @@ class DPMSolverMultistepScheduler(_DPMSolver):
         return DPMSolver(self._arguments["solver_order"], self._stochastic, self._solver_type, self._on)  # type: ignore[arg-type]
 
     def _plan(self, grid: Grid) -> Plan:
-        sampler, orders = self._sampler(), self._multistep_orders(grid)
-        plan = sampler.plan_of_orders(grid, orders)
-        if sampler.order == 3:
-            third = [step for step, order in enumerate(orders) if order == 3]
-            plan = plan._replace(rows=plan.rows + upstream_third_order(grid, third, sampler))
-        return plan
+        return self._multistep_plan(self._sampler(), grid)
 
     def _rounds(self) -> bool:
         given = self._arguments
@@ -1090,7 +1237,40 @@ def ending_at(sigma: Tensor, last: float) -> Tensor:
     return 1 - (1 - sigma) * (1 - last) / (1 - sigma[-1])
 
 
-class FlowMatchEulerDiscreteScheduler(Scheduler):
+class _FlowMatch(Scheduler):
+    """Schedulers along a flow x = (1 - sigma) x0 + sigma eps, whose network predicts eps - x0."""
+
+    narrow = True
+    gives_estimate = False
+    init_noise_sigma = 1.0
+
+    def _start_from(self, sigma: Tensor) -> None:
+        """Make these levels, falling, the steps until told otherwise."""
+        self._schedule = Flow()
+        self._take(sigma, None, None)
+        self.sigmas = self.sigmas[:-1]
+        self.sigma_min, self.sigma_max = float(self.sigmas[-1]), float(self.sigmas[0])
+
+    def _target(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return target_rows("velocity", alpha, sigma)
+
+    def _take(self, sigma: Tensor, time: Tensor | None, device: _Device, inverted: bool = False) -> None:
+        if sigma.dim() != 1 or not bool((sigma.diff() < 0).all()) or not 0 < float(sigma[-1]) <= float(sigma[0]) <= 1:
+            raise ValueError(f"sigmas must fall within (0, 1], got {sigma.tolist()}")
+        last = 0.0
+        if inverted:
+            sigma, time, last = (1 - sigma.float()).double(), None, 1.0  # as upstream rounds
+        levels = torch.cat([sigma, sigma.new_tensor([last])])
+        self._visit(Grid.through(self._schedule, levels, *self._schedule.at(levels)))
+        self._publish(sigma * self._arguments["num_train_timesteps"] if time is None else time, device)
+        self.sigmas = levels.to(device, torch.float32)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """(1 - sigma) sample + sigma noise at ``timestep`` [N] among the scheduler's."""
+        return self._noised(sample, timestep, noise)
+
+
+class FlowMatchEulerDiscreteScheduler(_FlowMatch):
     """Euler's method along a flow x = (1 - sigma) x0 + sigma eps, whose network predicts eps - x0.
 
     With ``invert_sigmas`` it goes the other way, from sigma 0 to 1: its network tells time from the data on.
@@ -1099,10 +1279,7 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         sigmas: with the 0 (inverted the 1) at the end, on the device of ``timesteps`` = ``num_train_timesteps`` sigma.
     """
 
-    narrow = True
     noise_dtype = torch.float32
-    gives_estimate = False
-    init_noise_sigma = 1.0
 
     @recorded
     def __init__(
@@ -1129,12 +1306,9 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         self._kind: Any = kinds[0] if kinds else None
         if time_shift_type not in ("exponential", "linear"):
             raise ValueError(f"time_shift_type must be 'exponential' or 'linear', got {time_shift_type!r}")
-        self._schedule = Flow()
         self._shift = float(shift)
         sigma = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64) / num_train_timesteps
-        self._take(sigma if use_dynamic_shifting else shifted(sigma, self._shift), None, None)
-        self.sigmas = self.sigmas[:-1]
-        self.sigma_min, self.sigma_max = float(self.sigmas[-1]), float(self.sigmas[0])
+        self._start_from(sigma if use_dynamic_shifting else shifted(sigma, self._shift))
 
     @property
     def shift(self) -> float:
@@ -1156,20 +1330,6 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
 
     def _draws(self, index: int) -> bool:
         return bool(self._arguments["stochastic_sampling"])  # in the last step too, which uses none
-
-    def _target(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return target_rows("velocity", alpha, sigma)
-
-    def _take(self, sigma: Tensor, time: Tensor | None, device: _Device, inverted: bool = False) -> None:
-        if sigma.dim() != 1 or not bool((sigma.diff() < 0).all()) or not 0 < float(sigma[-1]) <= float(sigma[0]) <= 1:
-            raise ValueError(f"sigmas must fall within (0, 1], got {sigma.tolist()}")
-        last = 0.0
-        if inverted:
-            sigma, time, last = (1 - sigma.float()).double(), None, 1.0  # as upstream rounds
-        levels = torch.cat([sigma, sigma.new_tensor([last])])
-        self._visit(Grid.through(self._schedule, levels, *self._schedule.at(levels)))
-        self._publish(sigma * self._arguments["num_train_timesteps"] if time is None else time, device)
-        self.sigmas = levels.to(device, torch.float32)
 
     def set_timesteps(
         self,
@@ -1262,6 +1422,299 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
         stepped = ops.denoise(tokens, outputs, rows.to(wide), key, noise=noise, return_x0=False).x_next
         return stepped.view_as(sample)
 
-    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """(1 - sigma) sample + sigma noise at ``timestep`` [N] among the scheduler's."""
-        return self._noised(sample, timestep, noise)
+
+class FlowMatchHeunDiscreteScheduler(_InPairs, _FlowMatch):
+    """Heun's method of second order along a flow: each time but the first comes twice in ``timesteps``.
+
+    Churn is as diffusers has it: its noise comes after the evaluation that should see it.
+
+    Attributes:
+        sigmas: as often as their times, and the 0 at the end.
+    """
+
+    _churns = False
+
+    @recorded
+    def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
+        sigma = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64) / num_train_timesteps
+        self._start_from(shifted(sigma, float(shift)))
+
+    def _default_options(self) -> tuple[Any, ...]:
+        return 0.0, 0.0, math.inf, 1.0
+
+    def _plan(self, grid: Grid, *churn: float) -> Plan:
+        here, there, zero = grid.sigma, grid.next_sigma, torch.zeros_like(grid.sigma)
+        hat, noise, way = _churned(here, there, churn, 2 * len(self._grid.time) - 1)
+        # upstream takes the output for the slope at the level before churn, and shares it out over the one after
+        slope, one = way * here / hat, torch.ones_like(here)
+        euler = torch.stack([one, slope, noise, zero], 1)
+        correction = torch.stack([one, 0.5 * way, zero, -0.5 * slope], 1)
+        rows = torch.stack([euler, correction], 1).flatten(0, 1)[:-1]
+        alpha, sigma = (torch.cat([self._twice(v), end[-1:]]) for v, end in ((grid.alpha, grid.next_alpha), (here, there)))
+        return Plan(self._twice(grid.time), alpha, sigma, rows, of="slope")
+
+    def _draws(self, index: int) -> bool:
+        # a correction draws noise as its step does, and uses none
+        return self._churns and bool((index - self._start) % 2)
+
+    def set_timesteps(self, num_inference_steps: int, device: _Device = None) -> None:
+        """Lay out this many steps."""
+        sigma = torch.linspace(self.sigma_max, self.sigma_min, num_inference_steps, dtype=torch.float64)
+        self._take(shifted(sigma, float(self._arguments["shift"])), None, device)
+        self._publish(self._twice(self.timesteps), device)
+        self.sigmas = torch.cat([self._twice(self.sigmas[:-1]), self.sigmas[-1:]])
+        self._levels = self.sigmas.tolist()
+        self.num_inference_steps = num_inference_steps
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generators | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The next evaluation's step or correction: ``prev_sample``."""
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        index = self._position(timestep)
+        self._churns = s_churn > 0 and s_tmin <= self._levels[index - index % 2] <= s_tmax
+        churn = (float(s_churn), float(s_tmin), float(s_tmax), float(s_noise))
+        return self._step(model_output, timestep, sample, options=churn, generator=generator, return_dict=return_dict)
+
+
+class _EDM(Scheduler):
+    """Schedulers of the networks of Karras et al. (2022): x = x0 + sigma eps, and the estimate of the data is
+    c_skip x + c_out F with the network's output F for c_in x and c_noise = log(sigma) / 4."""
+
+    _data: float
+
+    def _build(self, ramp: Tensor) -> None:
+        given = self._arguments
+        for name, known in (
+            ("sigma_schedule", ("karras", "exponential")),
+            ("prediction_type", ("epsilon", "v_prediction")),
+            ("final_sigmas_type", ("zero", "sigma_min")),
+        ):
+            if given[name] not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {given[name]!r}")
+        self._data = float(given["sigma_data"])
+        self._schedule = Karras(given["sigma_min"], given["sigma_max"], given["rho"])
+        self._lay(ramp, None)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Scale of the noise that sampling starts from."""
+        return math.sqrt(self._arguments["sigma_max"] ** 2 + 1)
+
+    def _last(self, levels: Tensor) -> float:
+        """The level that the last step goes to, where it is not 0."""
+        return self._arguments["sigma_min"]
+
+    def _lay(self, ramp: Tensor, device: _Device) -> None:
+        """Make the levels at these places between the largest and the smallest, 0 to 1, the steps; with upstream's bits."""
+        given = self._arguments
+        low, high = given["sigma_min"], given["sigma_max"]
+        if given["sigma_schedule"] == "karras":
+            ends = [level ** (1 / given["rho"]) for level in (high, low)]
+            levels = ((ends[0] + ramp * (ends[1] - ends[0])) ** given["rho"]).float()
+        else:
+            levels = torch.linspace(math.log(low), math.log(high), len(ramp)).exp().flip(0)
+        last = 0.0 if given["final_sigmas_type"] == "zero" else self._last(levels)
+        self.sigmas = torch.cat([levels, levels.new_tensor([last])])
+        points = self.sigmas.double()
+        self._visit(Grid.through(self._schedule, points, *self._schedule.at(points)))
+        self._publish(self.precondition_noise(levels), device)
+
+    def _set_timesteps(self, ramp: Tensor, device: _Device) -> None:
+        self._lay(ramp, device)
+        self.num_inference_steps = len(ramp)
+        self._rows(torch.empty(0, device=device), self._default_options())
+
+    def _default_options(self) -> tuple[Any, ...]:
+        return ()
+
+    def _scales(self, sigma: Any) -> tuple[Any, Any]:
+        """(c_skip, c_out)."""
+        total = sigma**2 + self._data**2
+        out = sigma * self._data / total**0.5
+        return self._data**2 / total, out if self._arguments["prediction_type"] == "epsilon" else -out
+
+    def _target(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        # F = (x0 - c_skip x) / c_out
+        skip, out = self._scales(sigma)
+        return torch.stack([alpha, sigma, (1 - skip) / out, -skip * sigma / out], -1)
+
+    def precondition_inputs(self, sample: Tensor, sigma: float | Tensor) -> Tensor:
+        """c_in times the sample at this level: what the network is shown."""
+        return sample * (1 / (sigma**2 + self._data**2) ** 0.5)
+
+    def precondition_noise(self, sigma: float | Tensor) -> Tensor:
+        """c_noise of this level: what the network is told."""
+        return 0.25 * torch.log(sigma if isinstance(sigma, Tensor) else torch.tensor([sigma]))
+
+    def precondition_outputs(self, sample: Tensor, model_output: Tensor, sigma: float | Tensor) -> Tensor:
+        """The estimate of the data at this level."""
+        skip, out = self._scales(sigma)
+        return skip * sample + out * model_output
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """c_in times the sample: what the network is shown."""
+        assert timestep is not None or self._step_index is not None, "the first call needs the timestep"
+        return self.precondition_inputs(sample, float(self.sigmas[self._position(timestep)]))  # type: ignore[arg-type]
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The samples with the noise of ``timesteps`` [N], of the scheduler's."""
+        return self._noised(original_samples, timesteps, noise)
+
+
+class EDMEulerScheduler(_EDM):
+    """Euler's method on the probability flow, for EDM's networks.
+
+    Churn is as diffusers has it, which adds its noise after the evaluation that should see it.
+    """
+
+    narrow = True
+
+    @recorded
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        sigma_schedule: str = "karras",
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        rho: float = 7.0,
+        final_sigmas_type: str = "zero",
+    ) -> None:
+        self._build(torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps)
+
+    def _last(self, levels: Tensor) -> float:
+        return float(levels[-1])
+
+    def _default_options(self) -> tuple[Any, ...]:
+        return 0.0, 0.0, math.inf, 1.0, False
+
+    def _plan(self, grid: Grid, *options: Any) -> Plan:
+        return Euler().plan(grid)
+
+    def _finished(self, rows: Tensor, plan: Plan, options: tuple[Any, ...]) -> Tensor:
+        *churn, given = options
+        hat, noise, way = _churned(plan.sigma[:-1], plan.sigma[1:], tuple(churn), len(self.sigmas) - 1)
+        p, q = estimate_rows(self._target(torch.ones_like(hat), hat)).unbind(1)
+        if given:
+            p, q = torch.zeros_like(p), torch.ones_like(q)
+        # a step along (x + z - x0) / hat, where p z of x0 is the noise's
+        step = way / hat
+        return torch.stack([p, q, 1 + step, -step, noise * (1 + step - step * p)], 1)
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: _Device = None, sigmas: Tensor | Sequence[float] | None = None
+    ) -> None:
+        """Lay out the steps: how many, or where.
+
+        Args:
+            sigmas: as upstream not levels, but their places between ``sigma_max`` (0) and ``sigma_min`` (1), rising.
+        """
+        if (num_inference_steps is None) == (sigmas is None):
+            raise ValueError("give one of num_inference_steps and sigmas")
+        if sigmas is None:
+            ramp = torch.linspace(0, 1, int(num_inference_steps or 0), dtype=torch.float64)
+        else:
+            ramp = torch.as_tensor(sigmas, dtype=torch.float64)
+            if ramp.dim() != 1 or not bool((ramp.diff() > 0).all()) or not 0 <= float(ramp[0]) <= float(ramp[-1]) <= 1:
+                raise ValueError(f"sigmas must rise within 0 .. 1, got {ramp.tolist()}")
+        self._set_timesteps(ramp, device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generators | None = None,
+        return_dict: bool = True,
+        pred_original_sample: Tensor | None = None,
+    ) -> Any:
+        """The next step: ``prev_sample`` and ``pred_original_sample``, which with churn is without its noise.
+
+        Args:
+            pred_original_sample: the estimate of the data, where it is known, in place of ``model_output``'s.
+        """
+        given = pred_original_sample is not None
+        options = (float(s_churn), float(s_tmin), float(s_tmax), float(s_noise), given)
+        output = model_output if pred_original_sample is None else pred_original_sample
+        return self._step(output, timestep, sample, options=options, generator=generator, return_dict=return_dict)
+
+
+class EDMDPMSolverMultistepScheduler(_Multistep, _EDM):
+    """DPM-Solver++ of order 1 to 3 and its stochastic form, of order 1 and 2, for EDM's networks; the third order as upstream
+    has it, which is not quite of that order."""
+
+    gives_estimate = False
+
+    @recorded
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        sigma_schedule: str = "karras",
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        rho: float = 7.0,
+        solver_order: int = 2,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint",
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+        final_sigmas_type: str = "zero",
+    ) -> None:
+        # the names of other solvers mean the default, as upstream
+        if algorithm_type not in ("dpmsolver++", "sde-dpmsolver++", "deis"):
+            raise ValueError(f"algorithm_type must be 'dpmsolver++' or 'sde-dpmsolver++', got {algorithm_type!r}")
+        if solver_type not in ("midpoint", "heun", "logrho", "bh1", "bh2"):
+            raise ValueError(f"solver_type must be 'midpoint' or 'heun', got {solver_type!r}")
+        self._stochastic = algorithm_type == "sde-dpmsolver++"
+        highest = 2 if self._stochastic else 3
+        if not 1 <= solver_order <= highest:
+            raise ValueError(
+                f"solver_order must be in 1 .. {highest} for algorithm_type={algorithm_type!r}, got {solver_order}"
+            )
+        self._build(torch.linspace(0, 1, num_train_timesteps))
+
+    def _plan(self, grid: Grid) -> Plan:
+        given = self._arguments
+        solver: Any = "heun" if given["solver_type"] == "heun" else "midpoint"
+        return self._multistep_plan(DPMSolver(given["solver_order"], self._stochastic, solver), grid)
+
+    def _draws(self, index: int) -> bool:
+        return self._stochastic
+
+    def set_timesteps(self, num_inference_steps: int, device: _Device = None) -> None:
+        """Lay out this many steps."""
+        self._set_timesteps(torch.linspace(0, 1, num_inference_steps), device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The next step: ``prev_sample``."""
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        return self._step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
