@@ -3,9 +3,9 @@
     y_t = sum over s of p_ts value_s,    p_ts = exp(query_t . key_s / sqrt(D)) / sum over s' of the same
 
 A matrix library is slow with heads of 8 or 16 numbers, each of which is a product of its own. The kernels keep a head's keys
-and values transposed in a cache and take a few queries through all of them at a time; scores never leave it. The largest score of
-a query is taken off before exponentials, so that none overflows. Tensors are read with the strides they have: the three parts
-of one joint projection go in as they are.
+and values transposed in a cache and take a few queries through all of them at a time; scores never leave it. The largest
+score of a query is taken off before exponentials, so that none overflows. Tensors are read with the strides they have: the
+three parts of one joint projection go in as they are.
 
 Gradients flow to ``query``, ``key`` and ``value``; the backward pass computes the weights again, and second derivatives are
 right. float32 on CPUs with D <= 32 has kernels. Elsewhere the reference serves: on GPUs ``F.scaled_dot_product_attention``,
