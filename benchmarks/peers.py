@@ -266,11 +266,11 @@ def _check_layers(
 
 
 def _fused_attention(inputs: dict[str, Any], mode: str) -> Callable[[], Any]:
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        queries, keys, values = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
 
-    return bind(attend, inputs, mode, ("query", "key", "value"))
+    return bind(attend, inputs, mode, ("queries", "keys", "values"))
 
 
 def _check_fused_attention(inputs: dict[str, Any]) -> None:

@@ -72,9 +72,11 @@ def test_share_of_products():
 
 
 @pytest.mark.skipif(_native.missing() is not None, reason="no compiled kernels")
-def test_share_counts_our_own_convolutions():
+def test_share_counts_our_own_products():
     x, weight = torch.randn(2, 32, 32, 32), torch.randn(32, 32, 3, 3)
     assert product_share(lambda: ops.winograd_conv2d(x, weight, backend="cpp")) > 0.3
+    tokens = torch.randn(8, 196, 4, 8)
+    assert product_share(lambda: ops.attention(tokens, tokens, tokens, backend="cpp")) > 0.3
 
 
 @pytest.mark.skipif(not runner.Path("/proc/self/clear_refs").exists(), reason="needs /proc")

@@ -152,15 +152,17 @@ def test_when_the_kernels_are_best():
 
 def test_errors():
     query, key, value = drawn(2, 4, 3, 8, 6)
-    with pytest.raises(TypeError, match=r"query must be a floating-point tensor, got torch\.int64"):
+    with pytest.raises(TypeError, match=r"queries must be a floating-point tensor, got torch\.int64"):
         attention(query.long(), key, value)
-    with pytest.raises(ValueError, match=r"query must have shape \[N, T, heads, D\] with D at least 1, got \[2, 4, 3\]"):
+    with pytest.raises(ValueError, match=r"queries must have shape \[N, T, heads, D\] with D at least 1, got \[2, 4, 3\]"):
         attention(query[..., 0], key, value)
-    with pytest.raises(ValueError, match=r"key must have shape \[2, S, 3, 8\], got \[2, 6, 2, 8\]"):
+    with pytest.raises(ValueError, match=r"keys must have shape \[2, S, 3, 8\], got \[2, 6, 2, 8\]"):
         attention(query, key[:, :, :2], value)
-    with pytest.raises(ValueError, match=r"value must have shape \[2, 6, 3, 8\], got \[2, 5, 3, 8\]"):
+    with pytest.raises(ValueError, match=r"values must have shape \[2, 6, 3, 8\], got \[2, 5, 3, 8\]"):
         attention(query, key, value[:, :5])
-    with pytest.raises(TypeError, match=r"value must be a tensor of torch\.float32 .* like query, got torch\.float64 on cpu"):
+    with pytest.raises(
+        TypeError, match=r"values must be a tensor of torch\.float32 .* like queries, got torch\.float64 on cpu"
+    ):
         attention(query, key, value.double())
 
 
