@@ -202,7 +202,7 @@ def _own_layers(inputs: dict[str, Any], inputs_of_first: int, outputs: tuple[int
     widths = [inputs_of_first, *inputs["hidden"]]
     sizes = [*itertools.pairwise(widths), *((widths[-1], m) for m in outputs)]
     parts = iter(inputs["parameters"].split([k for n, m in sizes for k in (n * m, m)]))
-    layers = {}
+    layers: dict[str, Tensor] = {}
     for i, (n, m) in enumerate(sizes):
         layers |= {f"weight{i}": next(parts).view(m, n).clone(), f"bias{i}": next(parts).clone()}
     return layers
