@@ -20,8 +20,8 @@ class OpSpec:
         name: the stem: fastgen/ops/NAME.py, kernels/NAME.py, csrc/ops/NAME.h, tests/ops/test_NAME.py.
         function: the public function; takes ``backend=`` besides the inputs.
         reference: plain PyTorch with the same arguments; its own autograd is the truth for gradients.
-        outputs: name of each output -> precision class: "exact", "elementwise", "reduction", "iterative",
-            "filtering" or "conditioned".
+        outputs: name of each output -> precision class: "exact", "elementwise", "reduction", "cancelling",
+            "iterative", "filtering" or "conditioned".
         extra_outputs: the same for outputs that an option adds after those.
         gradients: names of the inputs that gradients flow to.
         example_inputs: ``(rows, event, *, dtype, device, generator, **flags)`` -> keyword arguments of ``function``.

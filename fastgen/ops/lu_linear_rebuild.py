@@ -166,10 +166,12 @@ SPEC = OpSpec(
     name="lu_linear_rebuild",
     function=lu_linear_rebuild,
     reference=lu_linear_rebuild_reference,
-    # the gradients of the factors are sums over all pixels, whose terms cancel, as those of lu_linear are
     outputs={
-        name: "reduction" if name.startswith("grad_l") or name == "grad_upper" else "elementwise"
-        for name in RebuiltLinear._fields
+        "x": "elementwise",
+        "grad_x": "elementwise",
+        "grad_lower": "cancelling",
+        "grad_upper": "cancelling",
+        "grad_log_diagonal": "cancelling",
     },
     gradients=(),
     example_inputs=_example_inputs,
