@@ -321,7 +321,7 @@ SPEC = OpSpec(
     gradients=("x", "parameters", "added"),
     example_inputs=_example_inputs,
     flags={
-        "hidden": ((33, 8), (130,), (64, 32), (4, 3, 2), (128, 128)),
+        "hidden": ((33, 8), (130,), (64, 32), (4, 3, 2), (128, 128), (64, 64)),
         "flip": (False, True),
         "added": (False, True),
         "limit": (1.125, None),
