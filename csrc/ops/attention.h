@@ -3,6 +3,7 @@
 // block's scores, which nobody else sees, never leave the first-level cache.
 #pragma once
 #include "../math.h"
+#include "../memory.h"
 #include "../parallel.h"
 #include "../unit.h"
 
@@ -19,16 +20,6 @@ struct Heads {
   T* data;
   int64_t sample, token, head;
   T* of(int64_t n, int64_t h) const { return data + n * sample + h * head; }
-};
-
-// Memory of a thread, its vectors aligned.
-struct Room {
-  char* const whole;
-  float* const data;
-  explicit Room(int64_t size)
-      : whole(new char[size * sizeof(float) + 64]), data((float*)(whole + (64 - (size_t)whole % 64) % 64)) {}
-  Room(const Room&) = delete;
-  ~Room() { delete[] whole; }
 };
 
 struct Shape {
@@ -226,7 +217,7 @@ inline void attention_fwd(int64_t samples, int64_t heads, int64_t queries, int64
   const int64_t part = ceil_div(ceil_div(queries, min(wanted, ceil_div(queries, 64))), ROWS) * ROWS;
   const int64_t parts = ceil_div(queries, part);
   parallel_ranges(all * parts, worthwhile(all, shape, threads), [&](int64_t begin, int64_t end) {
-    const Room room(2 * shape.panel() + ROWS * shape.pitch);
+    const Aligned room(2 * shape.panel() + ROWS * shape.pitch);
     float *const keys_of = room.data, *const values_of = room.data + shape.panel(), *const weight = values_of + shape.panel();
     float own[ROWS * MOST_WIDTH], most[ROWS], inverse[ROWS], factor[ROWS];
     for (int r = 0; r < ROWS; ++r) factor[r] = (float)scale;
@@ -296,7 +287,7 @@ inline void attention_bwd(int64_t samples, int64_t heads, int64_t queries, int64
       by_k{grad_key, grad_key_sample, grad_key_token, grad_key_head},
       by_v{grad_value, grad_value_sample, grad_value_token, grad_value_head};
   parallel_ranges(samples * heads, worthwhile(samples * heads, shape, threads), [&](int64_t begin, int64_t end) {
-    const Room room(4 * shape.panel() + 2 * BLOCK * shape.pitch);
+    const Aligned room(4 * shape.panel() + 2 * BLOCK * shape.pitch);
     float *const keys_of = room.data, *const values_of = keys_of + shape.panel(), *const by_keys = values_of + shape.panel(),
           *const by_values = by_keys + shape.panel(), *const weight = by_values + shape.panel(),
           *const by_score = weight + BLOCK * shape.pitch;

@@ -8,6 +8,7 @@
 // order.
 #pragma once
 #include "../math.h"
+#include "../memory.h"
 #include "../parallel.h"
 #include "../unit.h"
 
@@ -30,16 +31,6 @@ static_assert(REST == PANEL % ROWS && PANEL % BLOCK == 0, "tiles and panels are 
 constexpr int MOST_LAYERS = 8, MOST_HEADS = 4;
 
 INLINE int64_t padded(int64_t columns) { return ceil_div(columns, PANEL) * PANEL; }
-
-// Memory at the start of a cache line.
-struct Aligned {
-  float *memory, *data;
-  explicit Aligned(int64_t size) : memory(new float[size + 16]) {
-    data = (float*)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
-  }
-  Aligned(const Aligned&) = delete;
-  ~Aligned() { delete[] memory; }
-};
 
 // total[m][v] += sum over `count` steps k of a[m * Row + k * Step] * b[k][v].
 template <int M, int64_t Row, int64_t Step>

@@ -74,6 +74,15 @@ def test_bfloat16_is_not_emulated(kind, monkeypatch):
     assert set(kept) <= {torch.int16}
 
 
+@torch.no_grad()
+def test_bfloat16_is_float32_where_integers_are_not_faster(monkeypatch):
+    monkeypatch.setattr(inference, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(ops, "winograd_pairs", lambda: False)
+    net = build("unet", widths=(32, 64))
+    x, t, named = inputs("unet", size=(16, 16))
+    assert relative_error(optimize(net, dtype=torch.bfloat16), net, x, t, **named) < 1e-5
+
+
 @pytest.mark.skipif(not ops.winograd_pairs(), reason="no fast products of integers")
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
