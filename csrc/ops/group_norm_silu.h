@@ -8,6 +8,7 @@
 // share the tiles.
 #pragma once
 #include "../math.h"
+#include "../memory.h"
 #include "../parallel.h"
 #include "../unit.h"
 
@@ -384,12 +385,12 @@ INLINE Moments moments_of(const T* x, int64_t count, int64_t ahead) {
   return {pivot, sum(total), sum(square)};
 }
 
-// The same of each channel over `pixels` rows of all channels: pivots, sums and squares, `padded` apart.
+// The same of each of `count` channels over `pixels` rows of `channels`: pivots, sums and squares, `padded` apart.
 template <class T>
-INLINE void moments_of_columns(const T* x, int64_t pixels, const NormTiling& tiling, float* out, int64_t ahead) {
-  const int64_t channels = tiling.channels;  // from pixel to pixel
+INLINE void moments_of_columns(const T* x, int64_t pixels, int64_t channels, int64_t count, int64_t padded, float* out,
+                               int64_t ahead) {
   const float share = 1.0f / (float)ceil_div(pixels, SHARE);
-  for_spans<2>(tiling.unit_channels, [&](int64_t c, auto span) {
+  for_spans<2>(count, [&](int64_t c, auto span) {
     constexpr int V = decltype(span)::vectors;
     vf pivot[V] = {}, sums[2][V] = {}, squares[2][V] = {}, v[V];
     for (int64_t p = 0; p < pixels; p += SHARE) {
@@ -411,9 +412,11 @@ INLINE void moments_of_columns(const T* x, int64_t pixels, const NormTiling& til
     if (p < pixels) add(p, 0);
     for (int i = 0; i < V; ++i) {
       float* at = out + c + i * LANES;
-      store_float(at, pivot[i]);
-      store_float(at + tiling.padded, sums[0][i] + sums[1][i]);
-      store_float(at + 2 * tiling.padded, squares[0][i] + squares[1][i]);
+      const int64_t n = min(LANES, count - c - i * LANES);
+      if (n <= 0) continue;
+      block_store(at, pivot[i], n);
+      block_store(at + padded, sums[0][i] + sums[1][i], n);
+      block_store(at + 2 * padded, squares[0][i] + squares[1][i], n);
     }
   });
 }
@@ -478,7 +481,8 @@ INLINE void group_norm_silu_fwd_as(const NormTiling& tiling, const Modulation& m
     const Patch patch = tiling.patch(tile);
     const T* in = x + tiling.offset(unit, patch);
     float* out = scratch + coefficients + tile * moments;
-    if constexpr (Last) moments_of_columns(in, patch.pixels, tiling, out, ahead);
+    if constexpr (Last)
+      moments_of_columns(in, patch.pixels, tiling.channels, tiling.unit_channels, tiling.padded, out, ahead);
     else *(Moments*)out = moments_of(in, patch.channels * patch.pixels, ahead);
   };
   const auto finish = [&](int64_t unit, float* scratch) {
@@ -703,6 +707,39 @@ inline void group_norm_silu_bwd(int64_t dtype, int64_t samples, int64_t channels
   with_dtype(dtype, run);
 }
 
-FASTGEN_KERNELS(group_norm_silu, KERNEL(group_norm_silu_fwd), KERNEL(group_norm_silu_bwd))
+// Center, slope and level of each channel, out [samples][3][channels]: what z is of an image whose channels lie last, `own` of
+// them in x and the others in skip.
+inline void group_norm_coefficients(int64_t samples, int64_t channels, int64_t groups, int64_t pixels, const float* x,
+                                    const float* skip, int64_t own, int64_t affine_dtype, const void* weight, const void* bias,
+                                    int64_t modulation_dtype, const void* scale, const void* shift, double eps, float* out,
+                                    int64_t threads) {
+  const NormTiling tiling(samples, channels, groups, pixels, true, false);
+  const Modulation modulation{affine_dtype, modulation_dtype, weight, bias, scale, shift};
+  const int64_t moments = 3 * tiling.padded, unit = tiling.tiles * moments;
+  const Aligned all(samples * unit);
+  threads = tiling.useful(threads);
+  parallel_for(samples * tiling.tiles, threads, [&](int64_t i) {
+    const Patch patch = tiling.patch(i % tiling.tiles);
+    const int64_t pixel = i / tiling.tiles * pixels + patch.pixel, others = channels - own;
+    float* to = all.data + i * moments;
+    moments_of_columns(x + pixel * own, patch.pixels, own, own, tiling.padded, to, 0);
+    if (skip) moments_of_columns(skip + pixel * others, patch.pixels, others, others, tiling.padded, to + own, 0);
+  });
+  parallel_for(samples, threads, [&](int64_t sample) {
+    const Aligned scratch(NormCoefficients::FORWARD * tiling.padded);
+    const NormCoefficients c(tiling, scratch.data);
+    for_groups<float, true>(tiling, all.data + sample * unit, [&](int64_t g, double mean, double variance) {
+      const float center = (float)mean, rstd = (float)(1 / __builtin_sqrt((variance < 0 ? 0 : variance) + eps));
+      c.group(g * tiling.per, tiling.per, center, (float)(mean - center), rstd);
+    });
+    c.template modulate<float, false>(tiling, sample, modulation);
+    for (int64_t k = 0; k < 3; ++k)
+      for_blocks(channels, [&](int64_t i, int64_t n) {
+        block_store(out + (sample * 3 + k) * channels + i, block_load(scratch.data + k * tiling.padded + i, n), n);
+      });
+  });
+}
+
+FASTGEN_KERNELS(group_norm_silu, KERNEL(group_norm_silu_fwd), KERNEL(group_norm_silu_bwd), KERNEL(group_norm_coefficients))
 
 FASTGEN_END

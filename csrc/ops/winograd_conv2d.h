@@ -13,7 +13,11 @@
 // overflows, whatever the order and the depth: by Cauchy and Schwarz it is at most the product of the two norms over the
 // channels, for which there are PATCH_NORM and WEIGHT_NORM. The norm of a transformed patch is no larger than that of the patch
 // times that of a row of the transformation, and so is bounded before there is anything to round.
+//
+// What is convolved may be made on the way: two images side by side, normalised, through SiLU. Then the rows that a row of
+// tiles reads are made first, into a ring of N of them, of which the next row of tiles finds two done.
 #pragma once
+#include "../math.h"
 #include "../parallel.h"
 #include "../unit.h"
 
@@ -249,12 +253,64 @@ inline Scratch& common_scratch() {  // of a call
   return scratch;
 }
 
+// The image that is convolved: channels of x, then those of skip, which may be null; (value - center) * slope + level of each,
+// and SiLU of that.
+struct Source {
+  const float *x, *skip = nullptr;
+  int64_t channels = 0;         // of x, where there is more to be made of it than is there
+  const float* norm = nullptr;  // [samples][center, slope, level][channels], or null
+  bool silu = false;
+
+  bool made() const { return skip || norm || silu; }
+
+  // A pixel of `inputs` channels, `at` pixels from the first.
+  INLINE void pixel(int64_t sample, int64_t at, int64_t inputs, float* out) const {
+    const float* own = norm ? norm + sample * 3 * inputs : nullptr;
+    some(x + at * channels, channels, own, inputs, out);
+    if (skip) some(skip + at * (inputs - channels), inputs - channels, own ? own + channels : nullptr, inputs, out + channels);
+  }
+
+ private:
+  static constexpr int SPAN = 4;  // vectors whose exponentials go side by side
+  INLINE void some(const float* from, int64_t count, const float* own, int64_t inputs, float* out) const {
+    const auto span = [&](auto several, int64_t c, int64_t n) INLINED {
+      constexpr int V = decltype(several)::value;
+      vf v[V], sigma[V], rest[V];
+      for (int k = 0; k < V; ++k) {
+        const int64_t at = c + k * LANES;
+        v[k] = block_load(from + at, n);
+        if (own)
+          v[k] = fma(v[k] - block_load(own + at, n), block_load(own + inputs + at, n), block_load(own + 2 * inputs + at, n));
+      }
+      if (silu) {
+        sigmoid_factors<V>(v, sigma, rest);
+        for (int k = 0; k < V; ++k) v[k] = v[k] * sigma[k];
+      }
+      for (int k = 0; k < V; ++k) block_store(out + c + k * LANES, v[k], n);
+    };
+    int64_t c = 0;
+    for (; c + SPAN * LANES <= count; c += SPAN * LANES) span(Several<SPAN>{}, c, LANES);
+    for_blocks(c, count, [&](int64_t i, int64_t n) { span(Several<1>{}, i, n); });
+  }
+  template <int V>
+  struct Several {
+    static constexpr int value = V;
+  };
+};
+
+// Rows of the image that have been made: those before `end` of a sample, from a column on, in a ring.
+struct Ring {
+  float* data;
+  int64_t pitch;  // pixels
+  int64_t sample = -1, left = 0, right = 0, end = 0;
+};
+
 // Images, their tiles, and the buffers that a call works on. Word: what products take, a float or a Pair.
 template <int M, class Word>
 struct Convolution {
   static constexpr int N = Minimal<M>::N, PADDING = (N - M) / 2;
   int64_t height, width, inputs, outputs, doubled;
-  const float* x;
+  Source source;
   const Word* packed;
   const float* scale;  // of pairs: the unit of the products of each frequency and output channel, for a tile of unit 1
   const float* bias;
@@ -263,11 +319,11 @@ struct Convolution {
   float* y;
   int64_t down, across, depth, pitch, blocks;
 
-  Convolution(int64_t height_, int64_t width_, int64_t inputs_, int64_t outputs_, int64_t doubled_, const float* x_,
+  Convolution(int64_t height_, int64_t width_, int64_t inputs_, int64_t outputs_, int64_t doubled_, const Source& source_,
               const Word* packed_, const float* scale_, const float* bias_, int64_t bias_step_, const float* residual_,
               float* y_)
-      : height(height_), width(width_), inputs(inputs_), outputs(outputs_), doubled(doubled_), x(x_), packed(packed_),
-        scale(scale_), bias(bias_), bias_step(bias_step_), residual(residual_), y(y_),
+      : height(height_), width(width_), inputs(inputs_), outputs(outputs_), doubled(doubled_), source(source_),
+        packed(packed_), scale(scale_), bias(bias_), bias_step(bias_step_), residual(residual_), y(y_),
         down(ceil_div(height_, M)), across(ceil_div(width_, M)), depth(PAIRED<Word> ? ceil_div(inputs_, 2) : inputs_),
         pitch(ceil_div(depth, 16) * 16), blocks(ceil_div(outputs_, BLOCK)) {}
 
@@ -281,6 +337,34 @@ struct Convolution {
   INLINE Place place(int64_t tile) const {
     if (tile < across) return {0, 0, tile * M};  // divisions would take as long as a 1x1 convolution of a pixel
     return {tile / (down * across), tile / across % down * M, tile % across * M};
+  }
+
+  // Rows and columns of the image from which the patches of tiles beside each other are read.
+  struct Window {
+    int64_t top, bottom, left, right;
+  };
+  INLINE Window window(const Place& first, int64_t tiles) const {
+    const int64_t shift = doubled ? 1 : 0;
+    const auto begin = [&](int64_t at) { return max(0, at - PADDING) >> shift; };
+    const auto end = [&](int64_t at, int64_t size) { return ((min(size, at + PADDING) - 1) >> shift) + 1; };
+    return {begin(first.top), end(first.top + M, height), begin(first.left), end(first.left + tiles * M, width)};
+  }
+  // Pixels of a row of the ring for `tiles` tiles beside each other.
+  int64_t ring_pitch(int64_t tiles) const { return min(width, tiles * M + 2 * PADDING); }
+  int64_t ring_size(int64_t tiles) const { return source.made() ? ceil_div(N * ring_pitch(tiles) * inputs, 16) * 16 : 0; }
+
+  // Makes what tiles beside each other read, but for what the ring holds.
+  void make(const Place& first, int64_t tiles, Ring& ring) const {
+    const Window w = window(first, tiles);
+    const int64_t shift = doubled ? 1 : 0, rows = height >> shift, columns = width >> shift;
+    const bool goes_on = ring.sample == first.sample && ring.left == w.left && ring.right == w.right && ring.end > w.top;
+    for (int64_t row = goes_on ? ring.end : w.top; row < w.bottom; ++row) {
+      float* out = ring.data + row % N * ring.pitch * inputs;
+      const int64_t from = (first.sample * rows + row) * columns;
+      for (int64_t column = w.left; column < w.right; ++column)
+        source.pixel(first.sample, from + column, inputs, out + (column - w.left) * inputs);
+    }
+    ring.sample = first.sample, ring.left = w.left, ring.right = w.right, ring.end = w.bottom;
   }
 
   // Sums over a patch of the squares of its elements times `factor`: all, and the largest of a channel.
@@ -321,18 +405,35 @@ struct Convolution {
     return shrunk.all <= 3e38f ? unit(shrunk) / SHRINK : __builtin_nanf("");
   }
 
-  // Transforms the patch of one tile: v[i * step] for the N * N frequencies i, and its unit. Outside of the image it reads `zeros`.
-  INLINE void transform(int64_t tile, const float* zeros, Word* v, int64_t step, float* unit) const {
-    const Place at = place(tile);
-    const int64_t shift = doubled ? 1 : 0, rows = height >> shift, columns = width >> shift;
-    const float* pixel[N * N];
-    for (int64_t i = 0; i < N; ++i)
-      for (int64_t j = 0; j < N; ++j) {
-        const int64_t row = at.top + i - PADDING, column = at.left + j - PADDING;
-        const bool inside = row >= 0 && row < height && column >= 0 && column < width;
-        const int64_t index = (at.sample * rows + (row >> shift)) * columns + (column >> shift);
-        pixel[i * N + j] = inside ? x + index * inputs : zeros;
+  // Transforms the patches of `count` tiles, of each to v[i * step] for the N * N frequencies i, and their units. The ring has
+  // room for what is made first, if anything is.
+  INLINE void transform(int64_t first, int64_t count, const float* zeros, Word* v, int64_t step, float* units, Ring ring) const {
+    for (int64_t i = 0, beside = 0; i < count; ++i) {
+      const Place at = place(first + i);
+      if (source.made() && --beside < 0) {
+        beside = min((width - at.left - 1) / M, count - i - 1);
+        make(at, beside + 1, ring);
       }
+      transform(first + i, at, zeros, v + i * pitch, step, units + i, ring);
+    }
+  }
+
+  // The same of one tile. Outside of the image it reads `zeros`.
+  INLINE void transform(int64_t tile, const Place& at, const float* zeros, Word* v, int64_t step, float* unit,
+                        const Ring& ring) const {
+    const int64_t shift = doubled ? 1 : 0, rows = height >> shift, columns = width >> shift;
+    const bool made = source.made();
+    const float* pixel[N * N];
+    for (int64_t i = 0; i < N; ++i) {
+      const int64_t row = at.top + i - PADDING;
+      const float* line = made ? ring.data + ((row >> shift) % N * ring.pitch - ring.left) * inputs
+                               : source.x + (at.sample * rows + (row >> shift)) * columns * inputs;
+      for (int64_t j = 0; j < N; ++j) {
+        const int64_t column = at.left + j - PADDING;
+        const bool inside = row >= 0 && row < height && column >= 0 && column < width;
+        pixel[i * N + j] = inside ? line + (column >> shift) * inputs : zeros;
+      }
+    }
     float factor[N * N];
     if constexpr (PAIRED<Word>) {
       *unit = unit_of(pixel);
@@ -344,9 +445,9 @@ struct Convolution {
     }
     const Place next = place(tile + 1);  // of its pixels, those that this tile does not read
     const int64_t above = (next.top - PADDING) >> shift, beside = (next.left + PADDING) >> shift;
-    const float* later = x + ((next.sample * rows + above) * columns + beside) * inputs;
+    const float* later = source.x + ((next.sample * rows + above) * columns + beside) * inputs;
     for_blocks(inputs, [&](int64_t c, int64_t n) {
-      for (int64_t i = 0; i < N >> shift && c % 16 == 0; ++i)
+      for (int64_t i = 0; i < N >> shift && c % 16 == 0 && !made; ++i)
         for (int64_t j = 0; j < M >> shift; ++j) prefetch_near(later + (i * columns + j) * inputs + c);
       vf d[N], half[N * N], out[N];
 #pragma GCC unroll 6
@@ -442,34 +543,41 @@ struct Convolution {
   void run(int64_t samples, int64_t threads) const {
     const int64_t tiles = samples * down * across, strips = ceil_div(tiles, TILES);
     float* zeros = new float[inputs + 1]();
-    if (strips >= MANY) run_apart(tiles, ceil_div(tiles, strips), zeros, threads);
+    if (strips >= MANY) run_apart(tiles, whole_rows(ceil_div(tiles, strips), TILES), zeros, threads);
     else if (tiles) run_together(tiles, zeros, threads);
     delete[] zeros;
   }
+  // About so many tiles and at most `most`: where rows are made for them, whole rows of tiles, which share no other.
+  int64_t whole_rows(int64_t tiles, int64_t most) const {
+    return source.made() && across <= most ? min(ceil_div(tiles, across), most / across) * across : tiles;
+  }
   void run_apart(int64_t tiles, int64_t strip, const float* zeros, int64_t threads) const {
-    const int64_t step = patch_step(strip), chunks = ceil_div(outputs, CHUNK);
+    const int64_t step = patch_step(strip), chunks = ceil_div(outputs, CHUNK), ring = ring_size(strip);
     parallel_uneven(ceil_div(tiles, strip), threads, [&](int64_t task) {
       const int64_t first = task * strip, count = min(strip, tiles - first);
-      float* m = own_scratch().get(N * N * (result_step + step) + strip);
-      Word* v = (Word*)(m + N * N * result_step);
+      float* m = own_scratch().get(ring + N * N * (result_step + step) + strip);
+      float* rows = m + N * N * result_step;
+      Word* v = (Word*)(rows + ring);
       float* units = (float*)(v + N * N * step);
-      for (int64_t i = 0; i < count; ++i) transform(first + i, zeros, v + i * pitch, step, units + i);
+      transform(first, count, zeros, v, step, units, {rows, ring_pitch(strip)});
       for (int64_t chunk = 0; chunk < chunks; ++chunk) finish(first, count, chunk, v, step, units, m);
     });
   }
   void run_together(int64_t tiles, const float* zeros, int64_t threads) const {
-    constexpr int64_t FEW = 8;  // tiles whose transformation is a task
+    constexpr int64_t FEW = 8, SOME = 16;  // tiles whose transformation is a task
     const int64_t most = max(1, SHARED_BYTES / (N * N * patch_step(TILES) * (int64_t)sizeof(Word)));
     const int64_t group = min(ceil_div(tiles, TILES), most) * TILES, step = patch_step(group);
     const int64_t chunks = ceil_div(outputs, CHUNK);
     if (tiles * inputs * outputs < SERIAL) threads = 1;
     Word* v = (Word*)common_scratch().get(N * N * step + group);
     float* units = (float*)(v + N * N * step);
+    const int64_t few = source.made() ? whole_rows(tiles >= 4 * SOME ? SOME : FEW, TILES) : FEW;
     for (int64_t first = 0; first < tiles; first += group) {
       const int64_t count = min(group, tiles - first), strips = ceil_div(count, TILES), strip = ceil_div(count, strips);
-      parallel_uneven(ceil_div(count, FEW), threads, [&](int64_t task) {
-        for (int64_t i = task * FEW; i < min(count, (task + 1) * FEW); ++i)
-          transform(first + i, zeros, v + i * pitch, step, units + i);
+      parallel_uneven(ceil_div(count, few), threads, [&](int64_t task) {
+        const int64_t begin = task * few;
+        transform(first + begin, min(few, count - begin), zeros, v + begin * pitch, step, units + begin,
+                  {own_scratch().get(ring_size(few)), ring_pitch(few)});
       });
       parallel_uneven(strips * chunks, threads, [&](int64_t task) {
         const int64_t begin = task % strips * strip;
@@ -553,23 +661,25 @@ inline void winograd_conv2d_pairs(int64_t tile, int64_t outputs, int64_t inputs,
 }
 
 // height and width are those of y; with `doubled`, x has half of both and each of its pixels counts as 2 x 2. The transformed
-// weights are floats, or, where there is a scale, pairs.
+// weights are floats, or, where there is a scale, pairs. `own` of the input channels are those of x, the others of skip.
 inline void winograd_conv2d(int64_t tile, int64_t samples, int64_t height, int64_t width, int64_t inputs, int64_t outputs,
-                            int64_t doubled, const float* x, const void* packed, const float* scale, const float* bias,
-                            int64_t bias_step, const float* residual, float* y, int64_t threads) {
-  if (tile == 1 && !doubled && bias_step == 0) {  // nothing but a row of pixels
-    width *= samples * height;
-    samples = height = 1;
+                            int64_t doubled, const float* x, const float* skip, int64_t own, const float* norm, int64_t silu,
+                            const void* packed, const float* scale, const float* bias, int64_t bias_step,
+                            const float* residual, float* y, int64_t threads) {
+  if (tile == 1 && !doubled) {  // nothing but rows of pixels
+    width *= height, height = 1;
+    if (bias_step == 0 && !norm) width *= samples, samples = 1;
   }
+  const Source source{x, skip, own, norm, silu != 0};
   const auto run = [&](auto* words) {
     using Word = typename Pointee<decltype(words)>::type;
     const Word* u = (const Word*)packed;
     const auto go = [&](auto convolution) { convolution.run(samples, threads); };
     if (tile == 1)
-      go(Convolution<1, Word>(height, width, inputs, outputs, doubled, x, u, scale, bias, bias_step, residual, y));
+      go(Convolution<1, Word>(height, width, inputs, outputs, doubled, source, u, scale, bias, bias_step, residual, y));
     else if (tile == 2)
-      go(Convolution<2, Word>(height, width, inputs, outputs, doubled, x, u, scale, bias, bias_step, residual, y));
-    else go(Convolution<4, Word>(height, width, inputs, outputs, doubled, x, u, scale, bias, bias_step, residual, y));
+      go(Convolution<2, Word>(height, width, inputs, outputs, doubled, source, u, scale, bias, bias_step, residual, y));
+    else go(Convolution<4, Word>(height, width, inputs, outputs, doubled, source, u, scale, bias, bias_step, residual, y));
   };
   if (scale) run((Pair*)nullptr);
   else run((float*)nullptr);

@@ -170,10 +170,9 @@ struct WeightGradient {
       for (int64_t begin = 0; begin < tiles || begin == 0; begin += group) {
         const int64_t depth = min(group, tiles - begin);
         parallel_uneven(ceil_div(depth, FEW), threads, [&](int64_t task) {
-          for (int64_t i = task * FEW; i < min(depth, (task + 1) * FEW); ++i) {
-            images.transform(begin + i, zeros, v + i * images.pitch, v_step, nullptr);
-            transform(begin + i, first, count, zeros, d + i * d_pitch, d_step);
-          }
+          const int64_t from = task * FEW, end = min(depth, from + FEW);
+          images.transform(begin + from, end - from, zeros, v + from * images.pitch, v_step, nullptr, {});
+          for (int64_t i = from; i < end; ++i) transform(begin + i, first, count, zeros, d + i * d_pitch, d_step);
         });
         parallel_uneven(NN, threads, [&](int64_t i) {
           multiply(depth, v + i * v_step, d + i * d_step, d_pitch, sum + i * sum_step, begin > 0);
@@ -189,8 +188,8 @@ template <int M>
 inline void winograd_weight_gradient_as(int64_t samples, int64_t height, int64_t width, int64_t inputs, int64_t outputs,
                                         int64_t doubled, const float* x, const float* grad_y, float* grad_weight,
                                         int64_t threads) {
-  const Convolution<M, float> images(height, width, inputs, outputs, doubled, x, nullptr, nullptr, nullptr, 0, nullptr,
-                                     nullptr);
+  const Convolution<M, float> images(height, width, inputs, outputs, doubled, Source{x}, nullptr, nullptr, nullptr, 0,
+                                     nullptr, nullptr);
   WeightGradient<M>{images, grad_y, grad_weight}.run(samples, threads);
 }
 

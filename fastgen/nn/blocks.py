@@ -14,7 +14,7 @@ __all__ = ["Block", "Down"]
 
 
 class Block(nn.Module):
-    """A residual block, then self-attention, then cross-attention, where there are any."""
+    """A residual block, then self-attention, then cross-attention, where there are any. Channels of skip follow those of x."""
 
     def __init__(
         self, residual: ResBlock, attention: ImageAttention | None = None, cross: ImageAttention | None = None
@@ -22,8 +22,10 @@ class Block(nn.Module):
         super().__init__()
         self.residual, self.attention, self.cross = residual, attention, cross
 
-    def forward(self, x: Tensor, told: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        x = self.residual(x, told)
+    def forward(
+        self, x: Tensor, told: Tensor | None = None, context: Tensor | None = None, skip: Tensor | None = None
+    ) -> Tensor:
+        x = self.residual(x, told, skip=skip)
         if self.attention is not None:
             x = self.attention(x)
         return x if self.cross is None else self.cross(x, context)

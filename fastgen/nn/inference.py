@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fastgen import ops
 from fastgen.nn.attention import Projection
 from fastgen.nn.conv import Conv2d
-from fastgen.nn.resnet import ResBlock, Upsample
+from fastgen.nn.norm import GroupNorm
+from fastgen.nn.resnet import ResBlock, Upsample, upsample
 from fastgen.nn.time import Conditioning
 
 __all__ = ["fast_dtype", "optimize", "relative_error"]
@@ -81,6 +82,9 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
                 fast.set_submodule(name, PackedConv2d(module, products))
             elif type(module) is Projection or (type(module) is nn.Linear and products is torch.int16 and module not in told):
                 fast.set_submodule(name, PackedLinear(module, products))
+        for name, module in list(fast.named_modules()):
+            if type(module) is ResBlock:
+                fast.set_submodule(name, PackedResBlock(module))
     return fast
 
 
@@ -162,14 +166,14 @@ class Filters:
         self.products = products if weight.isfinite().all() else torch.float32
         self.transformed: dict[int, ops.WinogradWeight] = {}
 
-    def __call__(self, x: Tensor, bias: Tensor, residual: Tensor | None = None, double: bool = False) -> Tensor | None:
-        """The convolution; None where a plain one is faster."""
-        tile = ops.winograd_tile(x, self.weight.shape[0], double=double) if self.weight.shape[-1] == 3 else self._one(x)
+    def serve(self, x: Tensor, *, double: bool = False) -> ops.WinogradWeight | None:
+        """The weight for images like x, whose channels need not be all; None where a plain convolution is faster."""
+        tile = ops.winograd_tile(x, *self.weight.shape[:2], double=double) if self.weight.shape[-1] == 3 else self._one(x)
         if tile is None:
             return None
         if tile not in self.transformed:
             self.transformed[tile] = ops.winograd_weight(self.weight, 2 if tile == 2 else 4, dtype=self.products)
-        return ops.winograd_conv2d(x, self.transformed[tile], bias, residual, double=double)
+        return self.transformed[tile]
 
     def _one(self, x: Tensor) -> int | None:
         few = min(self.weight.shape[:2]) < 64 or x.numel() < 64 * x.shape[1]  # measured with 32 to 512 channels
@@ -190,8 +194,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.filters is not None:
-            y = self.filters(_row_of_pixels(x), self.bias, None if residual is None else _row_of_pixels(residual))
-            if y is not None:
+            pixels = _row_of_pixels(x)
+            weight = self.filters.serve(pixels)
+            if weight is not None:
+                y = ops.winograd_conv2d(pixels, weight, self.bias, None if residual is None else _row_of_pixels(residual))
                 return y[0, :, 0].t().reshape(*x.shape[:-1], -1)
         if self.weight.layout == torch.strided:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, x.shape[:-1].numel())
@@ -208,6 +214,9 @@ def _row_of_pixels(x: Tensor) -> Tensor:
 class PackedConv2d(nn.Module):
     """:class:`fastgen.nn.conv.Conv2d` for evaluation, bias and residual sum inside: by minimal filtering, or by oneDNN with the
     weight in its own layout for the first input it sees. Other input sizes are right too.
+
+    What is convolved may be more than x: joined by the channels of ``skip``, normalised by ``norm`` with the scale and the
+    shift of ``modulation``, doubled by nearest neighbours. Minimal filtering stores none of these.
     """
 
     def __init__(self, conv: Conv2d, products: torch.dtype = torch.float32) -> None:
@@ -220,11 +229,27 @@ class PackedConv2d(nn.Module):
         three, one = (((k, k), (1, 1), (k // 2, k // 2), (1, 1)) for k in (3, 1))
         self.filters = Filters(self.weight, products) if where in (three, one) else None
 
-    def forward(self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        if self.filters is not None:
-            h = self.filters(x, self.bias if shift is None else self.bias + shift, residual)
-            if h is not None:
-                return h
+    def forward(
+        self,
+        x: Tensor,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        skip: Tensor | None = None,
+        norm: GroupNorm | None = None,
+        modulation: tuple[Tensor | None, ...] = (),
+        double: bool = False,
+    ) -> Tensor:
+        weight = None if self.filters is None else self.filters.serve(x, double=double)
+        if weight is not None:
+            bias = self.bias if shift is None else self.bias + shift
+            own, activation = (None, None) if norm is None else (norm.coefficients(x, *modulation, skip=skip), norm.activation)
+            return ops.winograd_conv2d(x, weight, bias, residual, double=double, skip=skip, norm=own, activation=activation)
+        x = x if skip is None else torch.cat([x, skip], 1)
+        x = x if norm is None else norm(x, *modulation)
+        return self._plain(upsample(x) if double else x, shift, residual)
+
+    def _plain(self, x: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:
         where = (self.padding, self.stride, self.dilation, 1)
         if self.weight.layout == torch.strided:
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *where, list(x.shape))
@@ -237,6 +262,32 @@ class PackedConv2d(nn.Module):
                 x, residual, self.weight, bias, *where, "add", None, None, [], None
             )
         return h if shift is None or shared else h.add_(shift[:, :, None, None])
+
+
+class PackedResBlock(nn.Module):
+    """:class:`fastgen.nn.resnet.ResBlock` for evaluation: its convolutions normalise and double what they read, and join two
+    images that they read.
+    """
+
+    def __init__(self, block: ResBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(
+        self, x: Tensor, embedding: Tensor | None = None, size: tuple[int, int] | None = None, skip: Tensor | None = None
+    ) -> Tensor:
+        block = self.block
+        double = block.resample == "up"
+        if block.resample == "down" or (double and size not in (None, (2 * x.shape[2], 2 * x.shape[3]))):
+            return block(x, embedding, size, skip)
+        added, *modulation = block.told(embedding)  # the latter of the second normalisation
+        h = block.conv1(x, added, skip=skip, norm=block.norm1, double=double)
+        if block.carry is not None:
+            x = block.carry(x, skip=skip)
+        elif skip is not None:
+            x = torch.cat([x, skip], 1)
+        h = block.conv2(h, residual=upsample(x) if double else x, norm=block.norm2, modulation=tuple(modulation))
+        return h if block.divisor == 1 else h / block.divisor
 
 
 class PackedUpsample(nn.Module):
@@ -258,9 +309,9 @@ class PackedUpsample(nn.Module):
         height, width = x.shape[2:]
         if size not in (None, (2 * height, 2 * width)):
             return self.plain(x, embedding, size)
-        h = self.filters(x, self.bias, double=True)
-        if h is not None:
-            return h
+        weight = self.filters.serve(x, double=True)
+        if weight is not None:
+            return ops.winograd_conv2d(x, weight, self.bias, double=True)
         if height * width < self.pixels:
             return self.plain(x, embedding, size)
         if self.weight is None:

@@ -17,8 +17,20 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels: int, groups: int = 32, eps: float = 1e-6) -> None:
         super().__init__(math.gcd(groups, channels), channels, eps)
 
+    activation: str | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, eps=self.eps, activation=None)
+
+    def coefficients(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *, skip: Tensor | None = None
+    ) -> Tensor:
+        """What the normalisation of x, joined by the channels of skip, is of each channel: see
+        :func:`fastgen.ops.group_norm_coefficients`. ``activation`` follows.
+        """
+        return ops.group_norm_coefficients(
+            x, self.num_groups, self.weight, self.bias, skip=skip, scale=scale, shift=shift, eps=self.eps
+        )
 
 
 class GroupNormSiLU(GroupNorm):
@@ -26,6 +38,8 @@ class GroupNormSiLU(GroupNorm):
 
     Shape: x [N, C, ...], scale and shift [N, C] or [1, C] or None -> as x.
     """
+
+    activation = "silu"
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, scale=scale, shift=shift, eps=self.eps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,7 +40,8 @@ class ResBlock(nn.Module):
             carried x.
         divisor: the sum is divided by it.
 
-    Shape: x [N, inputs, H, W], embedding [N or 1, embedding] -> [N, outputs, H', W'].
+    Shape: x [N, inputs, H, W], embedding [N or 1, embedding] -> [N, outputs, H', W']. Some of the channels, the last, may come
+    in a tensor of their own, skip.
     """
 
     def __init__(
@@ -69,20 +71,26 @@ class ResBlock(nn.Module):
         self.conv2 = zero(Conv2d(outputs, outputs, 3, padding=1))
         self.carry = Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None, size: Size | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, embedding: Tensor | None = None, size: Size | None = None, skip: Tensor | None = None
+    ) -> Tensor:
+        x = x if skip is None else torch.cat([x, skip], 1)
         h = self.norm1(x)
         if self.resample == "down":
             h, x = halve(h), halve(x)
         elif self.resample == "up":
             h, x = upsample(h, size), upsample(x, size)
-        told = None if self.project is None else self.project(embedding)
-        if self.modulation == "add":
-            h = self.norm2(self.conv1(h, told))
-        else:
-            scale, shift = (None, None) if told is None else told.chunk(2, 1)
-            h = self.norm2(self.conv1(h), scale, shift)
+        added, scale, shift = self.told(embedding)
+        h = self.norm2(self.conv1(h, added), scale, shift)
         h = self.conv2(self.dropout(h), residual=x if self.carry is None else self.carry(x))
         return h if self.divisor == 1 else h / self.divisor
+
+    def told(self, embedding: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What the embedding adds to the first convolution; what it scales and shifts the second normalisation with."""
+        if self.project is None:
+            return None, None, None
+        told = self.project(embedding)
+        return (told, None, None) if self.modulation == "add" else (None, *told.chunk(2, 1))
 
 
 class Downsample(nn.Module):

@@ -40,7 +40,7 @@ class Up(nn.Module):
 
     def forward(self, x: Tensor, skips: list[Tensor], told: Tensor, context: Tensor | None, checkpointing: bool) -> Tensor:
         for block in self.blocks:
-            x = recompute(block, torch.cat([x, skips.pop()], 1), told, context, enabled=checkpointing)
+            x = recompute(block, x, told, context, skips.pop(), enabled=checkpointing)
         if self.resample is None:
             return x
         return recompute(self.resample, x, told, tuple(skips[-1].shape[-2:]), enabled=checkpointing)

@@ -10,7 +10,7 @@ from fastgen.ops.denoise import Denoised, denoise
 from fastgen.ops.diffuse import Diffused, diffuse
 from fastgen.ops.diffusion_loss import diffusion_loss
 from fastgen.ops.dynamic_threshold import dynamic_threshold
-from fastgen.ops.group_norm_silu import group_norm_silu
+from fastgen.ops.group_norm_silu import group_norm_coefficients, group_norm_silu
 from fastgen.ops.lu_linear import lu_linear
 from fastgen.ops.lu_linear_rebuild import RebuiltLinear, lu_linear_rebuild
 from fastgen.ops.moments import Moments, merge_moments, moments
@@ -72,6 +72,7 @@ __all__ = [
     "explain",
     "filter2d",
     "get_spec",
+    "group_norm_coefficients",
     "group_norm_silu",
     "info",
     "lu_linear",

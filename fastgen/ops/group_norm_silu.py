@@ -31,7 +31,7 @@ from torch.nn import functional
 from fastgen.ops import _checks, _dispatch, _native
 from fastgen.ops._spec import OpSpec
 
-__all__ = ["group_norm_silu", "group_norm_silu_reference"]
+__all__ = ["group_norm_coefficients", "group_norm_silu", "group_norm_silu_reference"]
 
 
 def _is_silu(activation: str | None) -> bool:
@@ -290,6 +290,103 @@ def group_norm_silu(
             if value is not None and value.requires_grad:
                 return _GroupNormSilu.apply(x, groups, weight, bias, scale, shift, eps, silu, chosen)
     return _normalise(x, groups, weight, bias, scale, shift, eps, silu, chosen)
+
+
+def _coefficients(
+    x: Tensor,
+    skip: Tensor | None,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+) -> Tensor:
+    own = x.shape[1]
+    channels = own if skip is None else own + skip.shape[1]
+    out = x.new_empty(x.shape[0], 3, channels)
+    _native.kernel("group_norm_coefficients")(
+        x.shape[0], channels, groups, math.prod(x.shape[2:]), x, skip, own, _code(weight, bias), weight, bias,
+        _code(scale, shift), scale, shift, eps, out, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+_give_coefficients = _dispatch.raw_op(
+    "group_norm_coefficients",
+    "(Tensor x, Tensor? skip, int groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps) -> Tensor",
+    _coefficients,
+    lambda x, skip, *_: x.new_empty(x.shape[0], 3, x.shape[1] + (0 if skip is None else skip.shape[1])),
+)
+
+
+def group_norm_coefficients(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    skip: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """What group normalisation is of every channel: z = (x - center) * slope + level.
+
+    For those who read the image once more themselves: :func:`fastgen.ops.winograd_conv2d` convolves z and never stores it.
+
+    Args:
+        x, groups, weight, bias, scale, shift, eps: as in :func:`group_norm_silu`.
+        skip: [N, C', ...], like x but for the number of channels: the channels that follow those of x, which are normalised
+            together with them. The parameters are of all.
+
+    Returns:
+        center, slope and level [N, 3, C + C'] in the dtype of x, at least float32.
+
+    Raises:
+        TypeError, ValueError: as :func:`group_norm_silu`.
+
+    >>> group_norm_coefficients(torch.randn(8, 64, 16, 16), 32, skip=torch.randn(8, 32, 16, 16)).shape
+    torch.Size([8, 3, 96])
+    """
+    if skip is not None and (skip.shape[:1] != x.shape[:1] or skip.shape[2:] != x.shape[2:] or skip.dtype is not x.dtype):
+        raise ValueError(
+            f"skip must be like x, {list(x.shape)} in {x.dtype}, but for its channels, got {list(skip.shape)} in {skip.dtype}"
+        )
+    whole = x if skip is None else x.new_empty(x.shape[0], x.shape[1] + skip.shape[1], 0)
+    _check(whole, groups)
+    channels = whole.shape[1]
+    weight, bias = _pair(("weight", "bias"), weight, bias, (channels,), x)
+    scale, shift = _pair(("scale", "shift"), scale, shift, (x.shape[0], channels), x)
+    given = (x, skip, weight, bias, scale, shift)
+    recorded = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given)
+    if x.dtype is not torch.float32 or recorded or _dispatch.choose(SPEC, None, x) != "cpp":
+        return _group_norm_coefficients_reference(*given, groups, eps)
+    x, skip = (None if v is None else v.movedim(1, -1).contiguous().movedim(-1, 1) for v in (x, skip))  # type: ignore[assignment]
+    return _give_coefficients(x, skip, groups, weight, bias, scale, shift, eps)
+
+
+def _group_norm_coefficients_reference(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+) -> Tensor:
+    x = x if skip is None else torch.cat([x, skip], 1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    grouped = x.to(wide).reshape(x.shape[0], groups, -1)
+    variance, mean = torch.var_mean(grouped, 2, correction=0)
+    per = x.shape[1] // groups
+    center, slope = mean.repeat_interleave(per, 1), torch.rsqrt(variance + eps).repeat_interleave(per, 1)
+    slope = slope if weight is None else slope * weight.to(wide)
+    level = torch.zeros_like(slope) if bias is None else bias.to(wide).expand_as(slope)
+    if scale is not None:
+        slope, level = slope * (1 + scale.to(wide)), level * (1 + scale.to(wide))
+    return torch.stack([center, slope, level if shift is None else level + shift.to(wide)], 1)
 
 
 def _example_inputs(

@@ -2,6 +2,8 @@
 
     y = conv(x, weight) + bias + residual, where x may first be doubled to [2H, 2W] by its nearest neighbours
 
+and, before that, joined by the channels of another image, normalised and sent through SiLU: none of these is stored.
+
 A tile of m x m outputs is read from a patch d of (m + 2) x (m + 2) inputs. Minimal filtering takes one product per element of
 the patch, instead of 9 per output,
 
@@ -79,8 +81,12 @@ def winograd_conv2d_reference(
     residual: Tensor | None = None,
     *,
     double: bool = False,
+    skip: Tensor | None = None,
+    norm: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """:func:`winograd_conv2d` in plain PyTorch."""
+    x = _made(x, skip, norm, activation)
     if double:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
     y = F.conv2d(x, weight, padding=1)
@@ -89,15 +95,41 @@ def winograd_conv2d_reference(
     return y if residual is None else y + residual
 
 
-def _checked(x: Tensor, outputs: int, inputs: int, bias: Tensor | None, residual: Tensor | None, double: bool) -> None:
+def _made(x: Tensor, skip: Tensor | None, norm: Tensor | None, activation: str | None) -> Tensor:
+    """The image that is convolved."""
+    if skip is not None:
+        x = torch.cat([x, skip], 1)
+    if norm is not None:
+        center, slope, level = norm[..., None, None].unbind(1)
+        x = (x - center) * slope + level
+    return x if activation is None else F.silu(x)
+
+
+def _checked(
+    x: Tensor,
+    outputs: int,
+    inputs: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    double: bool,
+    skip: Tensor | None,
+    norm: Tensor | None,
+    activation: str | None,
+) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.dim() != 4 or x.shape[1] != inputs or not x.shape[2] or not x.shape[3]:
-        raise ValueError(f"x must have shape [N, {inputs}, H, W] like the weight, and pixels, got {list(x.shape)}")
+    if activation is not None and activation != "silu":
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+    own = inputs if skip is None or skip.dim() != 4 else inputs - skip.shape[1]
+    if x.dim() != 4 or x.shape[1] != own or not x.shape[2] or not x.shape[3]:
+        rest = "" if own == inputs else f" beside the {inputs - own} channels of skip"
+        raise ValueError(f"x must have shape [N, {own}, H, W]{rest} like the weight, and pixels, got {list(x.shape)}")
     n, factor = x.shape[0], 2 if double else 1
     shapes = {
         "bias": (bias, ((outputs,), (1, outputs), (n, outputs))),
         "residual": (residual, ((n, outputs, factor * x.shape[2], factor * x.shape[3]),)),
+        "skip": (skip, ((n, inputs - own, *x.shape[2:]),)),
+        "norm": (norm, ((n, 3, inputs),)),
     }
     for name, (value, allowed) in shapes.items():
         if value is None:
@@ -157,12 +189,17 @@ def _forward(
     outputs: int,
     tile: int,
     double: bool,
+    skip: Tensor | None = None,
+    norm: Tensor | None = None,
+    silu: bool = False,
 ) -> Tensor:
     y = _result_like(x, outputs, double)
     step = 0 if bias is None or bias.dim() == 1 or bias.shape[0] == 1 else outputs
+    own = x.shape[1]
+    inputs = own if skip is None else own + skip.shape[1]
     _native.kernel("winograd_conv2d")(
-        tile, y.shape[0], y.shape[2], y.shape[3], x.shape[1], outputs, double, x, packed, scale, bias, step, residual, y,
-        torch.get_num_threads(),
+        tile, y.shape[0], y.shape[2], y.shape[3], inputs, outputs, double, x, skip, own, norm, silu, packed, scale, bias, step,
+        residual, y, torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -170,9 +207,10 @@ def _forward(
 _transformed = _dispatch.raw_op("winograd_conv2d_weight", "(Tensor weight, int tile) -> Tensor", _transform, _packed_like)
 _convolve = _dispatch.raw_op(
     "winograd_conv2d",
-    "(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, Tensor? residual, int outputs, int tile, bool double) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, Tensor? residual, int outputs, int tile, bool double, "
+    "Tensor? skip=None, Tensor? norm=None, bool silu=False) -> Tensor",
     _forward,
-    lambda x, packed, scale, bias, residual, outputs, tile, double: _result_like(x, outputs, double),
+    lambda x, packed, scale, bias, residual, outputs, tile, double, *_: _result_like(x, outputs, double),
 )
 
 
@@ -253,7 +291,9 @@ def winograd_pairs() -> bool:
     return bool(answer)
 
 
-def winograd_tile(x: Tensor, outputs: int, *, double: bool = False, training: bool = False) -> Tile | None:
+def winograd_tile(
+    x: Tensor, outputs: int, inputs: int | None = None, *, double: bool = False, training: bool = False
+) -> Tile | None:
     """The tile with which this convolution is fastest; None where a plain convolution is, or where there are no kernels.
 
     A model of the cost per pair of channels, in products of a plain convolution, fitted to measurements with 8 to 512 channels:
@@ -263,10 +303,12 @@ def winograd_tile(x: Tensor, outputs: int, *, double: bool = False, training: bo
     Args:
         x: [N, C, H, W].
         outputs: channels of the result.
+        inputs: channels of the image, where x has not all of them.
         double: as in :func:`winograd_conv2d`.
         training: whether the weight is transformed at every call, and gradients are taken.
     """
-    n, inputs, height, width = x.shape
+    n, own, height, width = x.shape
+    inputs = own if inputs is None else inputs
     if min(inputs, outputs) < 16 or _dispatch.choose(SPEC, None, x) != "cpp":
         return None
     if double:
@@ -317,6 +359,9 @@ def winograd_conv2d(
     *,
     tile: Tile = 4,
     double: bool = False,
+    skip: Tensor | None = None,
+    norm: Tensor | None = None,
+    activation: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Convolve images with 3x3 filters, stride 1, padding 1, by minimal filtering; add a bias and a residual in the same pass.
@@ -328,6 +373,10 @@ def winograd_conv2d(
         residual: added to the result, in its shape.
         tile: 2 or 4, see :func:`winograd_weight`; a transformed weight brings its own.
         double: convolve the image doubled to [2H, 2W] by its nearest neighbours, which is never stored.
+        skip: [N, C', H, W], further channels of the image: x has C - C'. Not stored together; nor is what follows, but where
+            there are gradients.
+        norm: [N, 3, C] of :func:`fastgen.ops.group_norm_coefficients`: convolve (x - center) * slope + level.
+        activation: "silu": convolve SiLU of that.
         backend: None, "reference" or "cpp".
 
     Returns:
@@ -340,22 +389,27 @@ def winograd_conv2d(
     torch.Size([2, 8, 9, 7])
     """
     if isinstance(weight, WinogradWeight):
-        _checked(x, weight.outputs, weight.inputs, bias, residual, double)
+        _checked(x, weight.outputs, weight.inputs, bias, residual, double, skip, norm, activation)
         _dispatch.choose(SPEC, "cpp", x)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, residual)):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, residual, skip, norm)):
             raise ValueError("a transformed weight serves no gradients: give the weight itself")
         packed, scale, outputs, _, tile = weight  # type: ignore[assignment]
-        return _convolve(_channels_last(x), packed, scale, _flat(bias), _images(residual), outputs, tile, double)
+        made = _images(skip), _flat(norm), activation is not None
+        return _convolve(_channels_last(x), packed, scale, _flat(bias), _images(residual), outputs, tile, double, *made)
     _checked_weight(weight, tile)
-    _checked(x, weight.shape[0], weight.shape[1], bias, residual, double)
+    _checked(x, weight.shape[0], weight.shape[1], bias, residual, double, skip, norm, activation)
     if weight.dtype is not x.dtype or weight.device != x.device:
         raise TypeError(f"weight must be {x.dtype} on {x.device} like x, got {weight.dtype} on {weight.device}")
     if _dispatch.choose(SPEC, backend, x) == "reference":
-        return winograd_conv2d_reference(x, weight, bias, residual, double=double)
+        made_of = {"skip": skip, "norm": norm, "activation": activation}
+        return winograd_conv2d_reference(x, weight, bias, residual, double=double, **made_of)  # type: ignore[arg-type]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual, skip, norm)):
+        x = _made(x, skip, norm, activation)
+        own = _channels_last(x), weight.contiguous(), _flat(bias), _images(residual)
+        return _WinogradConv2d.apply(*own, tile, double)
     x, weight, bias, residual = _channels_last(x), weight.contiguous(), _flat(bias), _images(residual)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
-        return _WinogradConv2d.apply(x, weight, bias, residual, tile, double)
-    return _convolve(x, _transformed(weight, tile), None, bias, residual, weight.shape[0], tile, double)
+    made = _images(skip), _flat(norm), activation is not None
+    return _convolve(x, _transformed(weight, tile), None, bias, residual, weight.shape[0], tile, double, *made)
 
 
 def _flat(bias: Tensor | None) -> Tensor | None:
@@ -379,18 +433,27 @@ def _example_inputs(
     tile: Tile = 4,
     double: bool = False,
     channels_last: bool = False,
+    made: bool = False,
 ) -> dict[str, Any]:
     # an event of one dimension is a row of pixels
     channels, height, width = (1, 1, *event) if len(event) == 1 else event
+    others = min(5, channels) if made else 0
     factor = 2 if double else 1
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     x = draw(rows, channels, height, width)
+    inputs: dict[str, Any] = {}
+    if made:
+        norm = torch.stack(
+            [draw(rows, channels + others), 0.5 + draw(rows, channels + others).abs(), draw(rows, channels + others)], 1
+        )
+        inputs = {"skip": draw(rows, others, height, width), "norm": norm, "activation": "silu"}
     return {
+        **inputs,
         "x": x.contiguous(memory_format=torch.channels_last) if channels_last else x,
-        "weight": draw(outputs, channels, 3, 3) / (9 * channels) ** 0.5,
+        "weight": draw(outputs, channels + others, 3, 3) / (9 * (channels + others)) ** 0.5,
         "bias": {"shared": draw(outputs), "sample": draw(rows, outputs), "none": None}[bias],
         "residual": draw(rows, outputs, factor * height, factor * width) if residual else None,
         "tile": tile,
@@ -412,7 +475,7 @@ def _bytes_moved(inputs: dict[str, Any], mode: str) -> int:
 
 def _operations(inputs: dict[str, Any], mode: str) -> int:
     # products of the plain sum: minimal filtering takes fewer, and may reach more than the machine's own rate
-    return 18 * _outputs_of(inputs) * inputs["x"].shape[1] * (1 if mode == "fwd" else 3)
+    return 18 * _outputs_of(inputs) * inputs["weight"].shape[1] * (1 if mode == "fwd" else 3)
 
 
 SPEC = OpSpec(
@@ -420,7 +483,7 @@ SPEC = OpSpec(
     function=winograd_conv2d,
     reference=winograd_conv2d_reference,
     outputs={"y": "filtering"},
-    gradients=("x", "weight", "bias", "residual"),
+    gradients=("x", "weight", "bias", "residual", "skip", "norm"),
     example_inputs=_example_inputs,
     flags={
         "outputs": (7, 1, 33, 65),
@@ -429,6 +492,7 @@ SPEC = OpSpec(
         "tile": (4, 2),
         "double": (False, True),
         "channels_last": (False, True),
+        "made": (False, True),
     },
     event_ranks=(1, 3),
     sizes=(1, 2, 3, 4, 5, 15, 16, 17, 31, 33, 63, 64, 65, 127, 300),

@@ -15,6 +15,7 @@ from fastgen.nn.autoencoder import ImageDecoder, ImageEncoder
 from fastgen.nn.inference import (
     PackedConv2d,
     PackedLinear,
+    PackedResBlock,
     PackedUpsample,
     SharedProjection,
     fast_dtype,
@@ -141,6 +142,25 @@ def test_doubling_is_one_transposed_convolution(size):
     torch.testing.assert_close(packed(x), plain(x), rtol=1e-4, atol=1e-5)
     odd = (2 * size[0] - 1, 2 * size[1])
     torch.testing.assert_close(packed(x, size=odd), plain(x, size=odd), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("modulation", ["add", "scale_shift"])
+@pytest.mark.parametrize("resample", [None, "up", "down"])
+@pytest.mark.parametrize("size", [(16, 16), (5, 3)])  # by minimal filtering and without
+@torch.no_grad()
+def test_residual_blocks_of_two_images(modulation, resample, size):
+    torch.manual_seed(0)
+    for channels in (40, 24):  # without and with a convolution of what is carried
+        plain = randomise(ResBlock(40, channels, embedding=8, modulation=modulation, resample=resample))
+        packed = optimize(nn.Sequential(plain), dtype=torch.float32)[0]
+        assert isinstance(packed, PackedResBlock)
+        x, skip, told = torch.randn(2, 30, *size), torch.randn(2, 10, *size), torch.randn(2, 8)
+        both = torch.cat([x, skip], 1)
+        for wanted in (None, (2 * size[0] - 1, 2 * size[1])) if resample == "up" else (None,):
+            expected = plain(both, told, wanted)
+            torch.testing.assert_close(plain(x, told, wanted, skip), expected)
+            torch.testing.assert_close(packed(x, told, wanted, skip), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(packed(both, told, wanted), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -98,6 +98,35 @@ def test_few_groups_are_shared_by_the_threads(samples, last):
     torch.testing.assert_close(runs[0][0], composed(x, 1, weight, bias, scale, shift), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("own", "others"), [(64, 0), (20, 12), (17, 47), (3, 1), (96, 96)])
+@pytest.mark.parametrize("pixels", [(1, 1), (5, 7), (33, 40)])
+def test_coefficients_give_the_normalisation(own, others, pixels):
+    """Of two images side by side, wherever between the groups the one ends."""
+    wide = drawn(3, own + others, *pixels, dtype=torch.float64)
+    wide[0].mul_(2).add_(30)
+    x, weight, bias, scale, shift = (v.float() for v in wide)
+    first, skip = x.split([own, others], 1) if others else (x, None)
+    groups = math.gcd(4, own + others)
+    found = ops.group_norm_coefficients(first, groups, weight, bias, skip=skip, scale=scale, shift=shift)
+    assert found.shape == (3, 3, own + others)
+    expected = composed(x.double(), groups, *(v.float().double() for v in wide[1:]), activation=None)
+    for recorded in (False, True):
+        if recorded:  # what autograd sees is plain
+            leaves = [v.clone().requires_grad_() for v in (first, weight)]
+            found = ops.group_norm_coefficients(leaves[0], groups, leaves[1], bias, skip=skip, scale=scale, shift=shift)
+            assert all(g.isfinite().all() for g in torch.autograd.grad(found.sum(), leaves))
+        center, slope, level = found.detach()[(...,) + (None,) * len(pixels)].unbind(1)
+        y = (x - center).double() * slope + level
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=3e-5)
+
+
+def test_coefficients_of_bad_arguments():
+    with pytest.raises(ValueError, match=r"skip must be like x, \[2, 4, 3, 3\] in torch.float32, .*, got \[2, 4, 3, 2\]"):
+        ops.group_norm_coefficients(torch.zeros(2, 4, 3, 3), 2, skip=torch.zeros(2, 4, 3, 2))
+    with pytest.raises(ValueError, match="groups must divide the channels of x, got 4 for 6 channels"):
+        ops.group_norm_coefficients(torch.zeros(2, 4, 3, 3), 4, skip=torch.zeros(2, 2, 3, 3))
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_large_outputs_are_complete(last):
     """8 MiB and more go around the caches."""

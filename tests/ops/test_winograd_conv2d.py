@@ -9,7 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgen.ops import _native, use_backend, winograd_conv2d, winograd_tile, winograd_weight
+from fastgen.ops import (
+    _native,
+    group_norm_coefficients,
+    group_norm_silu,
+    use_backend,
+    winograd_conv2d,
+    winograd_tile,
+    winograd_weight,
+)
 from fastgen.ops.winograd_conv2d import winograd_conv2d_reference
 from tests import emulation
 
@@ -226,6 +234,51 @@ def test_gradient_of_the_weight_sums_all_tiles(tile, isa, shape):
     assert (found - truth).abs().max() < 5e-6 * truth.abs().max()
 
 
+made_shapes = pytest.mark.parametrize("shape", [(8, 20, 33, 30), (1, 201, 20, 20), (3, 40, 1, 260), (2, 16, 5, 6)])
+
+
+@native
+@every_filter
+@made_shapes  # many tiles; few; rows of more tiles than a task has; hardly any
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+def test_what_is_made_on_the_way_has_the_same_bits(side, tile, shape, double, dtype):
+    n, channels, *size = shape
+    x, others, residual = draw(*shape), draw(n, 13, *size), None
+    own = winograd_weight(square(37, channels + 13, side), tile, dtype=dtype)
+    norm = group_norm_coefficients(x, 1, skip=others)
+    both = torch.cat([x, others], 1).contiguous(memory_format=torch.channels_last)
+    center, slope, level = norm[..., None, None].unbind(1)
+    normed = ((both - center).double() * slope + level).float()  # rounded once, as the kernels do
+    for given, made in (
+        ({"skip": others}, both),
+        ({"skip": others, "norm": norm}, normed),
+        ({"skip": others, "norm": norm, "activation": "silu"}, group_norm_silu(both, 1)),
+    ):
+        bias = draw(n, 37)
+        found = winograd_conv2d(x, own, bias, residual, double=double, **given)
+        expected = winograd_conv2d(made, own, bias, residual, double=double)
+        if _native.current_isa() != "scalar":
+            assert torch.equal(found, expected), given.keys()
+        else:  # rounds twice
+            assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@native
+def test_what_is_made_on_the_way_does_not_depend_on_the_threads():
+    x, others = draw(6, 20, 31, 30), draw(6, 13, 31, 30)
+    own, norm = winograd_weight(square(37, 33, 3), dtype=torch.int16), group_norm_coefficients(x, 3, skip=others)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(winograd_conv2d(x, own, skip=others, norm=norm, activation="silu"))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[0][2:3], winograd_conv2d(x[2:3], own, skip=others[2:3], norm=norm[2:3], activation="silu"))
+
+
 def test_double_precision_is_the_references():
     x, weight = draw(1, 2, 5, 5).double(), filters(3, 2).double()
     assert torch.equal(winograd_conv2d(x, weight), F.conv2d(x, weight, padding=1))
@@ -243,6 +296,16 @@ def test_double_precision_is_the_references():
         ({"weight": torch.zeros(4, 3, 3, 3).half()}, "weight must be torch.float32 .* got torch.float16"),
         ({"x": torch.zeros(2, 3, 6, 6, dtype=torch.int64)}, "x must be a floating-point tensor, got torch.int64"),
         ({"tile": 3}, "tile must be 2 or 4, got 3"),
+        (
+            {"skip": torch.zeros(2, 1, 6, 6)},
+            r"x must have shape \[N, 2, H, W\] beside the 1 channels of skip .*, got \[2, 3, 6, 6\]",
+        ),
+        (
+            {"x": torch.zeros(2, 2, 6, 6), "skip": torch.zeros(2, 1, 6, 5)},
+            r"skip must have shape \[2, 1, 6, 6\], got \[2, 1, 6, 5\]",
+        ),
+        ({"norm": torch.zeros(2, 2, 3)}, r"norm must have shape \[2, 3, 3\], got \[2, 2, 3\]"),
+        ({"activation": "relu"}, "activation must be 'silu' or None, got 'relu'"),
     ],
 )
 def test_bad_arguments_are_named(changed, message):
