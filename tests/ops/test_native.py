@@ -212,7 +212,7 @@ def test_binned_tensors():
 
 
 def test_constants_need_no_gradients():
-    launch = _native.Launch("diffuse_fwd", "dtype rows event channels like table4 key wide >like >like flag threads")
+    launch = _native.Launch("diffuse_fwd", "dtype rows event last like table4 key wide >like >like flag threads")
     x0, rows = torch.randn(6, 5), torch.randn(4, requires_grad=True)
     x_t, target = launch.attempt(x0, rows, None, torch.randn(6, 5, requires_grad=True), False)
     assert not x_t.requires_grad
