@@ -329,7 +329,7 @@ INLINE void for_patch(const NormTiling& tiling, int64_t unit, const Patch& patch
   } else {
     for (int64_t channel = patch.channel; channel < patch.channel + patch.channels; ++channel, j += tiling.pixels) {
       const SpanNumbers<N, Last> own(numbers, channel);
-      for (int64_t begin = 0; begin < patch.pixels; begin += 2 * CHAIN * PAIR) {
+      for (int64_t begin = 0; begin == 0 || begin < patch.pixels; begin += 2 * CHAIN * PAIR) {  // once for no pixels as well
         for_spans<4>(min(2 * CHAIN * PAIR, patch.pixels - begin), [&](int64_t i, auto span) {
           body(j + begin + i, span, own, at);
           at += span.vectors * LANES;
