@@ -237,7 +237,8 @@ class _GroupNormSilu(torch.autograd.Function):
 
 def _longer(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
     """The backward pass of the record where a launch cannot do it."""
-    ctx.groups, ctx.silu, ctx.backend = *ctx.remembered[:2], "cpp"
+    ctx.groups, ctx.silu = ctx.remembered[:2]
+    ctx.backend = "cpp"
     if grad_y is None:
         grad_y = torch.zeros_like(ctx.saved_tensors[0])
     return _GroupNormSilu.backward(ctx, grad_y)[:8]
