@@ -123,7 +123,8 @@ class Launch {
       const auto kind = literal ? LITERAL : static_cast<Word>(found - std::begin(WORDS));
       if (literal) literals_.push_back(std::stoll(word));
       words_.push_back(kind);
-      inputs_ += is_given(kind);
+      either_layout_ |= kind == LAST;
+      inputs_ += given_to(kind);
       slots_ += slots_of(kind);
     }
     if (slots_ != strlen(kernels_.at(0)->signature))
@@ -158,14 +159,16 @@ class Launch {
  private:
   // What a word says, and how plans spell it. From LIKE to NUMBER the caller gives it.
   enum Word {
-    DTYPE, ROWS, EVENT, CHANNELS, BINS, THREADS, NONE, LITERAL,
-    LIKE, LIKE_OR_NONE, BINNED, KNOTS, WIDE, ROW, WEIGHTS, HISTORY, TABLE4, TABLE5, KEY, FLAG, NUMBER,
-    NEW_LIKE, NEW_BINNED, NEW_KNOTS, NEW_WIDE, NEW_ROW, FIRST,
+    DTYPE, ROWS, EVENT, CHANNELS, PIXELS, LAST, BINS, THREADS, NONE, LITERAL,
+    LIKE, LIKE_OR_NONE, BINNED, KNOTS, WIDE, ROW, WEIGHTS, HISTORY, TABLE4, TABLE5, KEY, PAIR1, PAIR2, GROUPS, GROUPED, FLAG,
+    NUMBER,
+    NEW_LIKE, NEW_BINNED, NEW_KNOTS, NEW_WIDE, NEW_ROW, NEW_PAIR1, NEW_PAIR2, NEW_GROUPED, FIRST,
   };
   static constexpr const char* WORDS[] = {
-      "dtype", "rows", "event", "channels", "bins", "threads", "null", "(literal)",  //
-      "like", "like?", "binned", "knots", "wide", "row", "weights", "history", "table4", "table5", "key", "flag", "number",  //
-      ">like", ">binned", ">knots", ">wide", ">row", ">first",
+      "dtype", "rows", "event", "channels", "pixels", "last", "bins", "threads", "null", "(literal)",  //
+      "like", "like?", "binned", "knots", "wide", "row", "weights", "history", "table4", "table5", "key", "pair1", "pair2",  //
+      "groups", "grouped", "flag", "number",  //
+      ">like", ">binned", ">knots", ">wide", ">row", ">pair1", ">pair2", ">grouped", ">first",
   };
 
   enum Answer { LAUNCH, RECORD, LONG_WAY };
@@ -174,8 +177,10 @@ class Launch {
   struct Like {
     dlpack::Tensor tensor;
     int code = -1;
-    int64_t rows = 0, event = 1, past = 0, bins = 0;  // past: how many tensors like it the history holds
-    PyObject *binned = nullptr, *knots = nullptr;     // given
+    int64_t rows = 0, event = 1, channels = 0, pixels = 1;
+    bool last = false;                       // its channels lie last in memory
+    int64_t past = 0, bins = 0, groups = 0;  // past: how many tensors like it the history holds
+    PyObject *binned = nullptr, *knots = nullptr, *const* pairs[2] = {};  // given
   };
 
   static int storage_code(const dlpack::Tensor& t) {
@@ -186,24 +191,34 @@ class Launch {
     return -1;
   }
 
-  // Dense memory of the CPU.
   static bool read(PyObject* object, dlpack::Tensor& out) {
-    if (!Torch::get().describe(object, out) || out.device.type != dlpack::CPU) return false;
+    return Torch::get().describe(object, out) && out.device.type == dlpack::CPU;
+  }
+
+  // Whether the elements lie without gaps, in the order of the dimensions or with the second, the channels, after all others.
+  static bool is_dense(const dlpack::Tensor& t, bool last) {
     int64_t dense = 1;
-    for (int i = out.ndim - 1; i >= 0; --i) {
-      if (out.shape[i] != 1 && out.strides && out.strides[i] != dense) return false;
-      dense *= out.shape[i];
+    for (int place = t.ndim - 1; place >= 0; --place) {
+      const int dim = !last || place == 0 ? place : place == t.ndim - 1 ? 1 : place + 1;
+      if (t.shape[dim] != 1 && t.strides && t.strides[dim] != dense) return false;
+      dense *= t.shape[dim];
     }
     return true;
   }
 
-  static bool is_given(Word word) { return LIKE <= word && word <= NUMBER; }
   static bool is_like(Word word) { return word == LIKE || word == LIKE_OR_NONE; }
   static bool is_split(Word word) { return word == BINNED || word == KNOTS; }
   static bool is_table(Word word) { return word == TABLE4 || word == TABLE5; }
+  static bool is_pair(Word word) { return word == PAIR1 || word == PAIR2; }
+  static bool is_new_pair(Word word) { return word == NEW_PAIR1 || word == NEW_PAIR2; }
   // What is given otherwise (noise, weights, coefficients, gradients) is constant for autograd.
-  static bool differentiable(Word word) { return is_like(word) || is_split(word) || word == HISTORY; }
-  static size_t slots_of(Word word) { return word == WEIGHTS || word == HISTORY || is_table(word) || word == KEY ? 2 : 1; }
+  static bool differentiable(Word word) { return is_like(word) || is_split(word) || word == HISTORY || is_pair(word); }
+  static bool may_be_none(Word word) { return word != LIKE && !is_split(word) && !is_table(word) && word != GROUPED; }
+  static int given_to(Word word) { return word < LIKE || word > NUMBER ? 0 : is_pair(word) ? 2 : 1; }
+  static size_t slots_of(Word word) {
+    if (is_pair(word)) return 3;
+    return word == WEIGHTS || word == HISTORY || is_table(word) || word == KEY || is_new_pair(word) ? 2 : 1;
+  }
 
   // Whether a tensor is what the word says.
   static bool fits(Word word, const dlpack::Tensor& t, const Like& like) {
@@ -212,13 +227,21 @@ class Launch {
       const bool one = t.ndim == 1 && t.shape[0] == 4, many = t.ndim == 2 && t.shape[0] == like.rows && t.shape[1] == 4;
       return t.dtype.code == dlpack::INT && t.dtype.bits == 64 && (one || many);
     }
-    if (storage_code(t) != (differentiable(word) ? like.code : 0)) return false;
+    const int code = storage_code(t);
+    if (is_pair(word)) {
+      const bool fit = word == PAIR1 ? t.ndim == 1 && t.shape[0] == like.channels
+                                     : t.ndim == 2 && t.shape[0] == like.rows && t.shape[1] == like.channels;
+      return fit && code >= 0;
+    }
+    if (code != (differentiable(word) ? like.code : 0)) return false;
     if (is_split(word)) {  // the first says how many bins there are
       const int64_t last = t.ndim ? t.shape[t.ndim - 1] : 0;
       const int64_t expected = word == KNOTS ? like.bins - 1 : like.bins ? like.bins : last;
       return t.ndim == first.ndim + 1 && last == expected && last > 0 &&
              std::equal(first.shape, first.shape + first.ndim, t.shape);
     }
+    if (word == GROUPED)
+      return t.ndim == 3 && t.shape[0] == like.rows && t.shape[1] == like.groups && t.shape[2] == 3;
     if (word == HISTORY) return t.ndim == first.ndim + 1 && std::equal(first.shape, first.shape + first.ndim, t.shape + 1);
     if (is_table(word)) {
       const int64_t columns = word == TABLE4 ? 4 : 5 + like.past;
@@ -229,13 +252,18 @@ class Launch {
     return t.ndim == first.ndim && std::equal(t.shape, t.shape + t.ndim, first.shape);
   }
 
-  static bool start(PyObject* first, Like& like) {
+  bool start(PyObject* first, Like& like) const {
     const Torch& torch = Torch::get();
     if (integer(torch.dispatch_modes) != 0 || own(PyObject_CallNoArgs(torch.transforms)).ptr() != Py_False) return false;
-    if (!read(first, like.tensor) || like.tensor.ndim == 0) return false;
-    like.code = storage_code(like.tensor);
-    like.rows = like.tensor.shape[0];
-    for (int i = 1; i < like.tensor.ndim; ++i) like.event *= like.tensor.shape[i];
+    const dlpack::Tensor& t = like.tensor;
+    if (!read(first, like.tensor) || t.ndim == 0) return false;
+    like.last = either_layout_ && !is_dense(t, false);
+    if (!is_dense(t, like.last)) return false;
+    like.code = storage_code(t);
+    like.rows = t.shape[0];
+    if (t.ndim > 1) like.channels = t.shape[1];
+    for (int i = 2; i < t.ndim; ++i) like.pixels *= t.shape[i];
+    like.event = t.ndim > 1 ? like.channels * like.pixels : 1;
     return like.code >= 0;
   }
 
@@ -249,9 +277,19 @@ class Launch {
       PyObject* const args[] = {first, torch.float32};
       return PyObject_Vectorcall(torch.empty_like, args, 1, torch.dtype_keyword);
     }
-    const Ref rows = own(PyLong_FromLongLong(like.rows));
-    PyObject* const args[] = {first, rows.ptr(), torch.float32};
-    return PyObject_VectorcallMethod(torch.new_empty, args, 2, float32 ? nullptr : torch.dtype_keyword);
+    const Ref rows = own(PyLong_FromLongLong(like.rows)), groups = own(PyLong_FromLongLong(like.groups));
+    const Ref three = own(PyLong_FromLong(3));
+    PyObject* args[] = {first, rows.ptr(), groups.ptr(), three.ptr(), nullptr};
+    const int count = word == NEW_GROUPED ? 4 : 2;
+    args[count] = torch.float32;
+    return PyObject_VectorcallMethod(torch.new_empty, args, count, float32 ? nullptr : torch.dtype_keyword);
+  }
+
+  static bool memory_of(PyObject* tensor, Argument& slot) {
+    dlpack::Tensor t{};
+    if (!tensor || (tensor != Py_None && !Torch::get().describe(tensor, t))) return false;
+    slot.pointer = address(t);
+    return true;
   }
 
   Answer fill(PyObject* const* args, Argument* slot, PyObject** made, int& outputs) const {
@@ -260,29 +298,43 @@ class Launch {
     if (!start(args[0], like)) return LONG_WAY;
     const bool enabled = own(PyObject_CallNoArgs(torch.is_grad_enabled)).ptr() != Py_False;
     bool record = false;
-    PyObject* const* arg = args;
+    const auto accept = [&](Word word, PyObject* given, dlpack::Tensor& t) {
+      if (given == Py_None) return may_be_none(word);
+      const bool last = like.last && (is_like(word) || word == WIDE);
+      if (!read(given, t) || !is_dense(t, last) || !fits(word, t, like)) return false;
+      record |= enabled && differentiable(word) && own(PyObject_GetAttr(given, torch.requires_grad)).ptr() != Py_False;
+      return true;
+    };
+    PyObject* const* given = args;
     for (const Word word : words_) {
-      PyObject* given = is_given(word) ? *arg++ : nullptr;
-      if (word == FLAG) slot->integer = PyObject_IsTrue(given);
+      if (word == FLAG) slot->integer = PyObject_IsTrue(*given);
       else if (word == NUMBER) {
-        slot->real = PyFloat_AsDouble(given);
+        slot->real = PyFloat_AsDouble(*given);
         if (slot->real == -1.0 && PyErr_Occurred()) return LONG_WAY;
-      } else if (given) {
+      } else if (word == GROUPS) {
+        slot->integer = like.groups = PyLong_CheckExact(*given) ? PyLong_AsLongLong(*given) : 0;
+        if (like.groups < 1 || like.channels == 0 || like.channels % like.groups) return LONG_WAY;
+      } else if (is_pair(word)) {
+        dlpack::Tensor first{}, second{};
+        if (!accept(word, given[0], first) || !accept(word, given[1], second)) return LONG_WAY;
+        const int code = storage_code(first), other = storage_code(second);  // -1 for None
+        if (code != other && code >= 0 && other >= 0) return LONG_WAY;
+        slot[0].integer = std::max({code, other, 0});
+        slot[1].pointer = address(first), slot[2].pointer = address(second);
+        like.pairs[word == PAIR2] = given;
+      } else if (given_to(word)) {
         dlpack::Tensor t{};
-        if (given == Py_None && (word == LIKE || is_split(word) || is_table(word))) return LONG_WAY;  // no kernel does without
-        if (given != Py_None) {
-          if (!read(given, t) || !fits(word, t, like)) return LONG_WAY;
-          record |= enabled && differentiable(word) && own(PyObject_GetAttr(given, torch.requires_grad)).ptr() != Py_False;
-        }
-        slot->pointer = address(t);
-        if (word == BINNED) like.bins = t.shape[t.ndim - 1], like.binned = given;
-        if (word == KNOTS) like.knots = given;
-        if (word == KEY) (++slot)->integer = t.ndim == 2 ? like.rows : t.ndim;
-        if (word == WEIGHTS) (++slot)->integer = t.ndim;
-        if (word == HISTORY) (++slot)->integer = like.past = t.ndim ? t.shape[0] : 0;
-        if (is_table(word)) (++slot)->integer = t.ndim == 2 ? t.shape[1] : 0;
+        if (!accept(word, *given, t)) return LONG_WAY;
+        slot[0].pointer = address(t);
+        if (word == BINNED) like.bins = t.shape[t.ndim - 1], like.binned = *given;
+        if (word == KNOTS) like.knots = *given;
+        if (word == KEY) slot[1].integer = t.ndim == 2 ? like.rows : t.ndim;
+        if (word == WEIGHTS) slot[1].integer = t.ndim;
+        if (word == HISTORY) slot[1].integer = like.past = t.ndim ? t.shape[0] : 0;
+        if (is_table(word)) slot[1].integer = t.ndim == 2 ? t.shape[1] : 0;
       }
-      ++slot;
+      given += given_to(word);
+      slot += slots_of(word);
     }
     if (record) return RECORD;
     slot -= slots_;
@@ -294,20 +346,28 @@ class Launch {
         case EVENT: slot->integer = like.event; break;
         case BINS: slot->integer = like.bins; break;
         case THREADS: slot->integer = integer(torch.num_threads); break;
-        case CHANNELS: slot->integer = 0; break;  // dense in logical order
+        case CHANNELS: slot->integer = like.channels; break;
+        case PIXELS: slot->integer = like.pixels; break;
+        case LAST: slot->integer = like.last ? like.channels : 0; break;
         case NONE: slot->pointer = nullptr; break;
         case LITERAL: slot->integer = *literal++; break;
+        case NEW_PAIR1:
+        case NEW_PAIR2:
+          for (int i = 0; i < 2; ++i) {
+            PyObject* const given = like.pairs[word == NEW_PAIR2][i];
+            made[outputs] = given == Py_None ? Py_NewRef(given) : PyObject_CallOneArg(torch.empty_like, given);
+            if (!memory_of(made[outputs++], slot[i])) return LONG_WAY;
+          }
+          break;
         case NEW_LIKE:
         case NEW_BINNED:
         case NEW_KNOTS:
         case NEW_WIDE:
-        case NEW_ROW: {
-          dlpack::Tensor t;
+        case NEW_ROW:
+        case NEW_GROUPED:
           made[outputs] = allocate(word, args[0], like);
-          if (!made[outputs] || !torch.describe(made[outputs++], t)) return LONG_WAY;
-          slot->pointer = address(t);
+          if (!memory_of(made[outputs++], *slot)) return LONG_WAY;
           break;
-        }
         case FIRST:
           made[outputs++] = Py_NewRef(args[0]);
           slot->pointer = address(like.tensor);
@@ -324,6 +384,7 @@ class Launch {
   std::vector<int64_t> literals_;
   int inputs_ = 0;
   size_t slots_ = 0;
+  bool either_layout_ = false;
 };
 
 // A torch.autograd.Function made of launches, so that no Python code runs between PyTorch and the kernels: one where there is
@@ -379,7 +440,7 @@ class Record {
     if (!own(PyObject_VectorcallMethod(torch.save_for_backward, saved, count_saved, nullptr)) ||
         !own(PyObject_VectorcallMethod(torch.set_materialize_grads, never, 2, nullptr)) || !remember(context, args + 1))
       return nullptr;
-    return returns_ == 1 ? Py_NewRef(item(outputs, 0)) : PyTuple_GetSlice(outputs.ptr(), 0, returns_);
+    return PyTuple_GetSlice(outputs.ptr(), 0, returns_);
   }
 
   PyObject* backward(PyObject* const* args, Py_ssize_t count, int isa) const {

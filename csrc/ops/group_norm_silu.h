@@ -330,7 +330,7 @@ INLINE void for_patch(const NormTiling& tiling, int64_t unit, const Patch& patch
   } else {
     for (int64_t channel = patch.channel; channel < patch.channel + patch.channels; ++channel, j += tiling.pixels) {
       const SpanNumbers<N, Last> own(numbers, channel);
-      for (int64_t begin = 0; begin < patch.pixels; begin += 2 * CHAIN * PAIR) {
+      for (int64_t begin = 0; begin == 0 || begin < patch.pixels; begin += 2 * CHAIN * PAIR) {  // once for no pixels as well
         for_spans<4>(min(2 * CHAIN * PAIR, patch.pixels - begin), [&](int64_t i, auto span) {
           body(j + begin + i, span, own, at);
           at += span.vectors * LANES;
@@ -673,10 +673,10 @@ INLINE void with_variant(bool silu, bool last, Body&& body) {
   else last ? body(Variant<false, true>{}) : body(Variant<false, false>{});
 }
 
-inline void group_norm_silu_fwd(int64_t dtype, int64_t samples, int64_t channels, int64_t groups, int64_t pixels,
-                                int64_t last, const void* x, int64_t affine_dtype, const void* weight, const void* bias,
-                                int64_t modulation_dtype, const void* scale, const void* shift, double eps, int64_t silu,
-                                void* y, float* stats, int64_t threads) {
+inline void group_norm_silu_fwd(int64_t dtype, int64_t samples, int64_t channels, int64_t pixels, int64_t last,
+                                const void* x, int64_t affine_dtype, const void* weight, const void* bias,
+                                int64_t modulation_dtype, const void* scale, const void* shift, int64_t groups, double eps,
+                                int64_t silu, void* y, float* stats, int64_t threads) {
   const NormTiling tiling(samples, channels, groups, pixels, last, false);
   const Modulation modulation{affine_dtype, modulation_dtype, weight, bias, scale, shift};
   const auto run = [&](auto* t) {
@@ -689,9 +689,9 @@ inline void group_norm_silu_fwd(int64_t dtype, int64_t samples, int64_t channels
   with_dtype(dtype, run);
 }
 
-inline void group_norm_silu_bwd(int64_t dtype, int64_t samples, int64_t channels, int64_t groups, int64_t pixels,
-                                int64_t last, const void* x, int64_t affine_dtype, const void* weight, const void* bias,
-                                int64_t modulation_dtype, const void* scale, const void* shift, int64_t silu,
+inline void group_norm_silu_bwd(int64_t dtype, int64_t samples, int64_t channels, int64_t pixels, int64_t last,
+                                const void* x, int64_t affine_dtype, const void* weight, const void* bias,
+                                int64_t modulation_dtype, const void* scale, const void* shift, int64_t groups, int64_t silu,
                                 const float* stats, const void* grad_y, void* grad_x, void* grad_weight, void* grad_bias,
                                 void* grad_scale, void* grad_shift, int64_t threads) {
   const NormTiling tiling(samples, channels, groups, pixels, last, true);

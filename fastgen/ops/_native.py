@@ -123,13 +123,14 @@ def kernel(name: str) -> Callable[..., Any]:
 class Launch:
     """The call of one kernel on tensors, by a plan of one word per argument of the kernel.
 
-    The first tensor given says what the others are like: its first dimension counts samples.
+    The first tensor given says what the others are like: its first dimension counts samples, its second channels.
 
     ======================  =============================================================================================
     word                    argument of the kernel
     ======================  =============================================================================================
     dtype, rows, event      storage code of the first tensor, its samples, the elements of one
-    channels                0, or the channels of the first tensor where it lies in memory channels last
+    channels, pixels        the channels of the first tensor, the elements of one of them in one sample
+    last                    0, or the channels of the first tensor where they lie last in memory: see below
     bins                    the last dimension of the tensors that are binned
     threads, null, 0 ..     PyTorch's number of threads; a null pointer; the whole number as it stands
     like, wide, row         a tensor given by the caller: as the first; its shape in float32; [samples] in float32
@@ -140,14 +141,20 @@ class Launch:
     table4                  coefficients in float32, [4] or [samples, 4], and the distance of two rows, 0 or 4: two arguments
     table5                  the same with 5 + H columns, H being that of the history before it
     key                     a key, [4] or [samples, 4], and its number of rows: two arguments
+    pair1                   two tensors of any one storage type, each [channels], and before them its code: three arguments
+    pair2                   the same, each [samples, channels]
+    groups                  a whole number given by the caller that divides the channels
+    grouped                 [samples, groups, 3] in float32
     flag, number            a bool, a float given by the caller
-    >like, >wide, >row ..   the same (like, binned, knots, wide, row), allocated here and returned
+    >like, >wide, >row ..   the same (like, binned, knots, wide, row, grouped), allocated here and returned
+    >pair1, >pair2          the same for those of the pair that are there, and None for the others: two arguments
     >first                  the first tensor given, written over and returned
     ======================  =============================================================================================
 
-    A tensor given may be None, a null pointer, unless the word is like, binned, knots or a table. The caller gives dense
-    tensors on the CPU that fit. Gradients are recorded for like, like?, binned, knots and history: whatever else is given is a
-    constant for autograd.
+    A tensor given may be None, a null pointer, unless the word is like, binned, knots, grouped or a table. The caller gives
+    dense tensors on the CPU that fit, in the order of their dimensions; where the plan has the word last, the first tensor may
+    lie channels last, and like, like? and wide lie as it does. Gradients are recorded for like, like?, binned, knots, history
+    and pairs: whatever else is given is a constant for autograd.
     """
 
     def __init__(self, name: str, plan: str) -> None:
@@ -178,11 +185,13 @@ class Launch:
         first, given = args[0], iter(args)
         outputs: list[Any] = []
         flat: list[Any] = []
-        rows = first.shape[0]
-        fixed = {"dtype": DTYPES[first.dtype], "rows": rows, "threads": torch.get_num_threads(), "null": None}
-        fixed["event"] = first.numel() // rows if rows else math.prod(first.shape[1:])
-        fixed["channels"] = first.shape[1] if not first.is_contiguous() else 0
+        rows, channels = first.shape[0], first.shape[1] if first.dim() > 1 else 0
+        fixed: dict[str, Any] = {"dtype": DTYPES[first.dtype], "rows": rows, "event": math.prod(first.shape[1:])}
+        fixed |= {"channels": channels, "pixels": math.prod(first.shape[2:]), "last": 0 if first.is_contiguous() else channels}
+        fixed |= {"threads": torch.get_num_threads(), "null": None}
         split: dict[str, Any] = {}
+        pairs: dict[str, list[Any]] = {}
+        groups = 0
         for word in self.words:
             if word in fixed or word.isdecimal():
                 flat.append(fixed[word] if word in fixed else int(word))
@@ -191,18 +200,29 @@ class Launch:
             elif word[1:] in split:
                 outputs.append(torch.empty_like(split[word[1:]]))
                 flat.append(outputs[-1])
+            elif word[1:] in pairs:
+                made = [None if value is None else torch.empty_like(value) for value in pairs[word[1:]]]
+                outputs += made
+                flat += made
             elif word == ">first":
                 outputs.append(first)
                 flat.append(first)
-            elif word.startswith(">"):
-                like = first.new_empty(rows, dtype=torch.float32) if word == ">row" else torch.empty_like(first)
-                outputs.append(like.float() if word == ">wide" else like)
+            elif word in (">row", ">grouped"):
+                outputs.append(first.new_empty((rows, groups, 3) if word == ">grouped" else rows, dtype=torch.float32))
                 flat.append(outputs[-1])
+            elif word in (">like", ">wide"):
+                outputs.append(torch.empty_like(first, dtype=torch.float32 if word == ">wide" else None))
+                flat.append(outputs[-1])
+            elif word in ("pair1", "pair2"):
+                pairs[word] = [next(given), next(given)]
+                flat += [next((DTYPES[value.dtype] for value in pairs[word] if value is not None), 0), *pairs[word]]
             else:
                 value = next(given)
                 flat.append(value)
                 if word in ("binned", "knots"):
                     split[word] = value
+                if word == "groups":
+                    groups = value
                 if word == "key":
                     flat.append(0 if value is None else value.numel() // 4)
                 elif word == "weights":

@@ -57,8 +57,8 @@ def diffuse_reference(
     return Diffused((a * x + b * eps).to(x0.dtype), (c * x + d * eps).to(x0.dtype) if target else None)
 
 
-_forward_cpp = _native.Launch("diffuse_fwd", "dtype rows event channels like table4 key wide >like >like flag threads")
-_forward_cpp_alone = _native.Launch("diffuse_fwd", "dtype rows event channels like table4 key wide >like null flag threads")
+_forward_cpp = _native.Launch("diffuse_fwd", "dtype rows event last like table4 key wide >like >like flag threads")
+_forward_cpp_alone = _native.Launch("diffuse_fwd", "dtype rows event last like table4 key wide >like null flag threads")
 
 
 def _forward(

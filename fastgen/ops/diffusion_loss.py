@@ -94,7 +94,7 @@ def diffusion_loss_reference(
     return loss if rows is None else loss * rows
 
 
-_PLAN = "dtype rows event channels like like table4 key wide weights number flag number >row {slope} flag threads"
+_PLAN = "dtype rows event last like like table4 key wide weights number flag number >row {slope} flag threads"
 _forward_cpp = _native.Launch("diffusion_loss_fwd", _PLAN.format(slope="null"))
 _forward_cpp_keeping = _native.Launch("diffusion_loss_fwd", _PLAN.format(slope=">wide"))
 
@@ -292,8 +292,8 @@ def diffusion_loss(
             made = _records[huber, x0.requires_grad].attempt(*arguments)
         else:
             made = _forward_cpp.attempt(*arguments)
-        if made is not None and made is not False:
-            return made if isinstance(made, Tensor) else made[0]
+        if made:
+            return made[0]
     _check_shapes(model_out, x0)
     model_out, x0 = _checks.common(model_out=model_out, x0=x0)
     channels_last = _checks.is_channels_last(model_out)

@@ -21,6 +21,7 @@ models beat GANs on image synthesis", section 3.1; Elfwing, Uchibe and Doya (201
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -114,116 +115,111 @@ def group_norm_silu_reference(
     return (functional.silu(z) if silu else z).reshape(x.shape).to(x.dtype)
 
 
+_GIVEN = "dtype rows channels pixels last like pair1 pair2 groups"
+_forward_cpp = _native.Launch("group_norm_silu_fwd", f"{_GIVEN} number flag >like null threads")
+_forward_cpp_keeping = _native.Launch("group_norm_silu_fwd", f"{_GIVEN} number flag >like >grouped threads")
+_backward_cpp = _native.Launch("group_norm_silu_bwd", f"{_GIVEN} flag grouped like >like >pair1 >pair2 threads")
+
+
 def _sizes(x: Tensor, groups: int) -> tuple[int, int, int, int, bool]:
     """(samples, channels, groups, pixels, channels last)."""
     return x.shape[0], x.shape[1], groups, math.prod(x.shape[2:]), not x.is_contiguous()
 
 
 def _forward(
+    keep: bool,
     x: Tensor,
-    groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    groups: int,
     eps: float,
     silu: bool,
-    keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor | None]:
-    y = torch.empty_like(x)
-    stats = x.new_empty(x.shape[0], groups, 3, dtype=torch.float32) if keep else None
+) -> tuple[Tensor, ...]:
     if backend == "cpp":
-        _native.kernel("group_norm_silu_fwd")(
-            _native.DTYPES[x.dtype], *_sizes(x, groups), x, _code(weight, bias), weight, bias, _code(scale, shift), scale,
-            shift, eps, silu, y, stats, torch.get_num_threads(),
-        )  # fmt: skip
-    else:
-        _dispatch.triton_module("group_norm_silu").group_norm_silu_fwd(
-            *_sizes(x, groups), x, weight, bias, scale, shift, eps, silu, y, stats
-        )
-    return y, stats
+        return (_forward_cpp_keeping if keep else _forward_cpp)(x, weight, bias, scale, shift, groups, eps, silu)
+    y, stats = torch.empty_like(x), _statistics(x, groups) if keep else None
+    _dispatch.triton_module("group_norm_silu").group_norm_silu_fwd(
+        *_sizes(x, groups), x, weight, bias, scale, shift, eps, silu, y, stats
+    )
+    return (y,) if stats is None else (y, stats)
 
 
 def _backward(
     x: Tensor,
-    groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    groups: int,
     silu: bool,
     stats: Tensor,
     grad_y: Tensor,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = _gradients(x, groups, weight, bias, scale, shift)
-    wanted = [None if v is None else g for v, g in zip((weight, bias, scale, shift), grads[1:], strict=True)]
+) -> tuple[Tensor, ...]:
+    parameters = weight, bias, scale, shift
     if backend == "cpp":
-        _native.kernel("group_norm_silu_bwd")(
-            _native.DTYPES[x.dtype], *_sizes(x, groups), x, _code(weight, bias), weight, bias, _code(scale, shift), scale,
-            shift, silu, stats, grad_y, grads[0], *wanted, torch.get_num_threads(),
-        )  # fmt: skip
-    else:
-        _dispatch.triton_module("group_norm_silu").group_norm_silu_bwd(
-            *_sizes(x, groups), x, weight, bias, scale, shift, silu, stats, grad_y, grads[0], *wanted
-        )
+        found = _backward_cpp(x, *parameters, groups, silu, stats, grad_y)
+        return tuple(x.new_empty(0) if grad is None else grad for grad in found)
+    grads = _gradients(x, *parameters)
+    wanted = [None if value is None else grad for value, grad in zip(parameters, grads[1:], strict=True)]
+    _dispatch.triton_module("group_norm_silu").group_norm_silu_bwd(
+        *_sizes(x, groups), x, *parameters, silu, stats, grad_y, grads[0], *wanted
+    )
     return grads
 
 
-def _code(first: Tensor | None, second: Tensor | None) -> int:
-    value = second if first is None else first
-    return 0 if value is None else _native.DTYPES[value.dtype]
+def _statistics(x: Tensor, groups: int) -> Tensor:
+    """Room for those of each group: mean, what float32 rounds off it, 1 / deviation."""
+    return x.new_empty(x.shape[0], groups, 3, dtype=torch.float32)
 
 
-def _gradients(x: Tensor, groups: int, *parameters: Tensor | None) -> Any:
+def _gradients(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
     """Empty gradients of x and the four parameters; of no elements for those that are missing."""
     return torch.empty_like(x), *(x.new_empty(0) if p is None else torch.empty_like(p) for p in parameters)
 
 
-_ARGUMENTS = "Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
+_ARGUMENTS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups"
 
 _normalise = _dispatch.raw_op(
     "group_norm_silu",
     f"({_ARGUMENTS}, float eps, bool silu, str backend) -> Tensor",
-    lambda x, groups, weight, bias, scale, shift, eps, silu, backend: _forward(
-        x, groups, weight, bias, scale, shift, eps, silu, False, backend
-    )[0],
+    lambda *args: _forward(False, *args)[0],
     lambda x, *_: torch.empty_like(x),
 )
 _normalise_keeping_statistics = _dispatch.raw_op(
     "group_norm_silu_fwd",
     f"({_ARGUMENTS}, float eps, bool silu, str backend) -> (Tensor, Tensor)",
-    lambda x, groups, weight, bias, scale, shift, eps, silu, backend: _forward(
-        x, groups, weight, bias, scale, shift, eps, silu, True, backend
-    ),
-    lambda x, groups, *_: (torch.empty_like(x), x.new_empty(x.shape[0], groups, 3, dtype=torch.float32)),
+    functools.partial(_forward, True),
+    lambda x, weight, bias, scale, shift, groups, *_: (torch.empty_like(x), _statistics(x, groups)),
 )
 _differentiate = _dispatch.raw_op(
     "group_norm_silu_bwd",
     f"({_ARGUMENTS}, bool silu, Tensor stats, Tensor grad_y, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    lambda x, groups, weight, bias, scale, shift, *_: _gradients(x, groups, weight, bias, scale, shift),
+    lambda x, weight, bias, scale, shift, *_: _gradients(x, weight, bias, scale, shift),
 )
 
 
 class _GroupNormSilu(torch.autograd.Function):
-    """Saves the inputs and the statistics of each group: mean, what float32 rounds off it, 1 / deviation."""
+    """Saves the inputs and the statistics of each group."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        groups: int,
         weight: Tensor | None,
         bias: Tensor | None,
         scale: Tensor | None,
         shift: Tensor | None,
+        groups: int,
         eps: float,
         silu: bool,
         backend: str,
     ) -> Tensor:
-        y, stats = _normalise_keeping_statistics(x, groups, weight, bias, scale, shift, eps, silu, backend)
+        y, stats = _normalise_keeping_statistics(x, weight, bias, scale, shift, groups, eps, silu, backend)
         ctx.save_for_backward(x, weight, bias, scale, shift, stats)
         ctx.groups, ctx.silu, ctx.backend = groups, silu, backend
         return y
@@ -231,13 +227,32 @@ class _GroupNormSilu(torch.autograd.Function):
     @staticmethod
     @_dispatch.differentiable_once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, scale, shift, stats = ctx.saved_tensors
+        x, *parameters, stats = ctx.saved_tensors
         if grad_y.stride() != x.stride():
             grad_y = torch.empty_like(x).copy_(grad_y)
-        grads = _differentiate(x, ctx.groups, weight, bias, scale, shift, ctx.silu, stats, grad_y, ctx.backend)
-        by_x, *by_parameters = grads
-        parameters = zip((weight, bias, scale, shift), by_parameters, strict=True)
-        return by_x, None, *(None if value is None else grad for value, grad in parameters), None, None, None
+        by_x, *by_parameters = _differentiate(x, *parameters, ctx.groups, ctx.silu, stats, grad_y, ctx.backend)
+        wanted = (None if value is None else grad for value, grad in zip(parameters, by_parameters, strict=True))
+        return by_x, *wanted, None, None, None, None
+
+
+def _longer(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The backward pass of the record where a launch cannot do it."""
+    ctx.groups, ctx.silu = ctx.remembered[:2]
+    ctx.backend = "cpp"
+    if grad_y is None:
+        grad_y = torch.zeros_like(ctx.saved_tensors[0])
+    return _GroupNormSilu.backward(ctx, grad_y)[:8]
+
+
+_record = _native.Record(
+    _forward_cpp,
+    _forward_cpp_keeping,
+    _backward_cpp,
+    takes="i0 i1 i2 i3 i4 n5 n7 o1 g0",
+    gives="o0 o1 o2 o3 o4",
+    returns=1,
+    longer=_longer,
+)
 
 
 def group_norm_silu(
@@ -276,6 +291,10 @@ def group_norm_silu(
     torch.Size([8, 64, 16, 16])
     """
     silu = _is_silu(activation)
+    if _dispatch.launch_mode(backend, None) is not None:
+        made = _record.attempt(x, weight, bias, scale, shift, groups, eps, silu)
+        if made:
+            return made[0]
     _check(x, groups)
     channels = x.shape[1]
     weight, bias = _pair(("weight", "bias"), weight, bias, (channels,), x)
@@ -288,8 +307,8 @@ def group_norm_silu(
     if torch.is_grad_enabled():
         for value in (x, weight, bias, scale, shift):
             if value is not None and value.requires_grad:
-                return _GroupNormSilu.apply(x, groups, weight, bias, scale, shift, eps, silu, chosen)
-    return _normalise(x, groups, weight, bias, scale, shift, eps, silu, chosen)
+                return _GroupNormSilu.apply(x, weight, bias, scale, shift, groups, eps, silu, chosen)
+    return _normalise(x, weight, bias, scale, shift, groups, eps, silu, chosen)
 
 
 def _coefficients(

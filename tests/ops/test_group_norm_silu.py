@@ -1,5 +1,6 @@
 """group_norm_silu: against PyTorch's own group norm, inputs far from zero, channels last, all ranks, mixed storage types."""
 
+import importlib
 import math
 
 import pytest
@@ -206,6 +207,82 @@ def test_layouts_are_kept():
         assert y.stride() == moved.stride()
         (grad,) = torch.autograd.grad(y.sum(), [y.grad_fn.next_functions[0][0].variable])
         assert grad.stride() == moved.stride()
+
+
+def _gradients(leaves, grad):
+    y = ops.group_norm_silu(leaves[0], 4, leaves[1], leaves[2], scale=leaves[3], shift=leaves[4])
+    grads = torch.autograd.grad(y, [v for v in leaves if v is not None and v.requires_grad], grad)
+    return y, *grads
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize(
+    ("parameters", "missing", "constant"),
+    [
+        (torch.float32, (), ()),
+        (torch.bfloat16, (1, 4), (3,)),
+        (torch.float16, (3, 4), (0, 1)),
+        (torch.float32, (1, 2, 3, 4), ()),
+    ],
+)
+def test_recorded_or_not_the_bits_are_the_same(monkeypatch, last, other, parameters, missing, constant):
+    """`other`: the gradient does not lie as x does. `constant`: without requires_grad."""
+    values = drawn(3, 16, 5, 7)
+    leaves = [None if i in missing else v.to(parameters if i in (1, 2) else v.dtype) for i, v in enumerate(values)]
+    leaves[0] = channels_last(leaves[0]) if last else leaves[0]
+    leaves = [v if v is None else torch.nn.Parameter(v, requires_grad=i not in constant) for i, v in enumerate(leaves)]
+    grad = torch.randn(3, 16, 5, 7)
+    grad = channels_last(grad) if last != other else grad
+    found = _gradients(leaves, grad)
+    monkeypatch.setattr(importlib.import_module("fastgen.ops.group_norm_silu")._record, "attempt", lambda *_: None)
+    longer = _gradients(leaves, grad)
+    assert [y.grad_fn.name() for y in (found[0], longer[0])] == ["group_norm_silu_fwdBackward", "_GroupNormSiluBackward"]
+    for a, b in zip(found, longer, strict=True):
+        assert a.stride() == b.stride()
+        assert a.dtype is b.dtype
+        assert torch.equal(a, b)
+
+
+def test_gradients_that_are_expanded_or_missing():
+    x, weight, bias, scale, shift = (v.requires_grad_() for v in drawn(2, 16, 6))
+    leaves = [x, weight, bias, scale, shift]
+    level = torch.randn(())
+    for a, b in zip(_gradients(leaves, level.expand(x.shape)), _gradients(leaves, level.expand(x.shape).clone()), strict=True):
+        assert torch.equal(a, b)
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    Stop.apply(ops.group_norm_silu(x, 4, weight)).sum().backward()
+    assert not x.grad.any()
+    assert not weight.grad.any()
+    assert bias.grad is None
+
+
+def test_saved_tensors_pass_through_hooks():
+    leaves = [v.requires_grad_() for v in drawn(2, 16, 6)]
+    grad, seen = torch.randn(2, 16, 6), []
+    plain = _gradients(leaves, grad)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (seen.append(t.shape), t.double())[1], lambda t: t.float()):
+        hooked = _gradients(leaves, grad)
+    assert seen == [(2, 16, 6), (16,), (16,), (2, 16), (2, 16), (2, 4, 3)]
+    assert all(map(torch.equal, plain, hooked))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_no_pixels(last):
+    x, weight, bias, scale, shift = drawn(2, 16, 0, 3)
+    leaves = [v.requires_grad_() for v in (channels_last(x) if last else x, weight, bias, scale, shift)]
+    y, *grads = _gradients(leaves, torch.zeros(2, 16, 0, 3))
+    assert y.shape == (2, 16, 0, 3)
+    assert all(g.shape == v.shape and not g.any() for g, v in zip(grads, leaves, strict=True))
 
 
 def test_errors():

@@ -212,8 +212,117 @@ def test_binned_tensors():
 
 
 def test_constants_need_no_gradients():
-    launch = _native.Launch("diffuse_fwd", "dtype rows event channels like table4 key wide >like >like flag threads")
+    launch = _native.Launch("diffuse_fwd", "dtype rows event last like table4 key wide >like >like flag threads")
     x0, rows = torch.randn(6, 5), torch.randn(4, requires_grad=True)
     x_t, target = launch.attempt(x0, rows, None, torch.randn(6, 5, requires_grad=True), False)
     assert not x_t.requires_grad
     assert not target.requires_grad
+
+
+NORM = "dtype rows channels pixels last like pair1 pair2 groups"
+NORM_FORWARD = f"{NORM} number flag >like >grouped threads"
+NORM_BACKWARD = f"{NORM} flag grouped like >like >pair1 >pair2 threads"
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _norm_arguments(dtype: torch.dtype = torch.float32, first: torch.dtype = torch.float32, last: bool = False) -> list:
+    """x, weight, bias, scale, shift, groups."""
+    x = torch.randn(3, 8, 5, 4).to(dtype)
+    parameters = [torch.randn(*size).to(t) for size, t in (((8,), first), ((8,), first), ((3, 8), dtype), ((3, 8), dtype))]
+    return [_channels_last(x) if last else x, *parameters, 4]
+
+
+def _same(ours: tuple, theirs: tuple) -> bool:
+    return len(ours) == len(theirs) and all(
+        a is b is None or (a.dtype is b.dtype and a.stride() == b.stride() and torch.equal(a, b))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", _native.DTYPES)
+@pytest.mark.parametrize("first", [torch.float32, torch.float16])
+@pytest.mark.parametrize("missing", [(), (1,), (2,), (3, 4), (1, 2, 3)])
+def test_pairs_and_groups_in_both_layouts(dtype, first, last, missing):
+    arguments = _norm_arguments(dtype, first, last)
+    for place in missing:
+        arguments[place] = None
+    launch = _native.Launch("group_norm_silu_fwd", NORM_FORWARD)
+    forward = launch.attempt(*arguments, 1e-5, True)
+    assert forward[0].stride() == arguments[0].stride()
+    assert forward[1].shape == (3, 4, 3)
+    assert _same(forward, launch._spelled_out(*arguments, 1e-5, True))
+    launch = _native.Launch("group_norm_silu_bwd", NORM_BACKWARD)
+    backward = launch.attempt(*arguments, True, forward[1], forward[0])
+    assert [g is None for g in backward[1:]] == [v is None for v in arguments[1:5]]
+    assert all(g.dtype is v.dtype for g, v in zip(backward, arguments[:5], strict=True) if g is not None)
+    assert _same(backward, launch._spelled_out(*arguments, True, forward[1], forward[0]))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (0, torch.randn(3, 8, 4, 5).mT),
+        (0, torch.randn(8)),
+        (0, torch.randn(3, 0, 5)),
+        (1, torch.randn(7)),
+        (1, torch.randn(8, 1)),
+        (1, torch.randn(16)[::2]),
+        (1, torch.randn(8, dtype=torch.float64)),
+        (2, torch.randn(8).bfloat16()),
+        (2, torch.zeros(8, dtype=torch.int64)),
+        (3, torch.randn(1, 8)),
+        (3, torch.randn(8, 3).T),
+        (4, torch.randn(3, 8).half()),
+        (5, 3),
+        (5, 0),
+        (5, -4),
+        (5, 2**70),
+        (5, True),
+        (5, 4.0),
+    ],
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_pairs_and_groups_that_do_not_fit(place, value, last):
+    arguments = _norm_arguments(last=last)
+    arguments[place] = value
+    assert _native.Launch("group_norm_silu_fwd", NORM_FORWARD).attempt(*arguments, 1e-5, True) is None
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_what_is_like_the_first_lies_like_the_first(last):
+    arguments = _norm_arguments(last=last)
+    stats, grad = torch.randn(3, 4, 3), torch.randn(3, 8, 5, 4)
+    launch = _native.Launch("group_norm_silu_bwd", NORM_BACKWARD)
+    assert (launch.attempt(*arguments, True, stats, grad) is None) == last
+    assert (launch.attempt(*arguments, True, stats, _channels_last(grad)) is None) != last
+    for other in (None, torch.randn(3, 8, 3), torch.randn(3, 4), stats.double(), torch.randn(3, 3, 4).mT):
+        assert launch.attempt(*arguments, True, other, _channels_last(grad) if last else grad) is None
+    elsewhere = _native.Launch("reparameterize_fwd", FORWARD)  # a plan for one layout
+    assert (elsewhere.attempt(arguments[0], arguments[0], None, torch.randn(3, 8, 5, 4), False) is None) == last
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_gradients_of_pairs_are_recorded(place):
+    arguments = _norm_arguments()
+    arguments[place] = torch.nn.Parameter(arguments[place])
+    launch = _native.Launch("group_norm_silu_fwd", NORM_FORWARD)
+    assert launch.attempt(*arguments, 1e-5, True) is False
+    arguments[place].requires_grad_(False)
+    assert len(launch.attempt(*arguments, 1e-5, True)) == 2
+
+
+def test_noise_lies_like_the_samples():
+    launch = _native.Launch("diffuse_fwd", "dtype rows event last like table4 key wide >like >like flag threads")
+    x0, rows, noise = torch.randn(6, 3, 5), torch.randn(4), torch.randn(6, 3, 5)
+    for key, drawn in ((random.key(3), None), (None, noise)):
+        want = launch.attempt(x0, rows, key, drawn, False)
+        arguments = (_channels_last(x0), rows, key, None if drawn is None else _channels_last(drawn), False)
+        found = launch.attempt(*arguments)
+        assert found[0].stride() == arguments[0].stride()
+        assert all(map(torch.equal, found, want))
+        assert _same(found, launch._spelled_out(*arguments))
+    assert launch.attempt(_channels_last(x0), rows, None, noise, False) is None
