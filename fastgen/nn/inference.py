@@ -166,18 +166,27 @@ class Filters:
         self.products = products if weight.isfinite().all() else torch.float32
         self.transformed: dict[int, ops.WinogradWeight] = {}
 
-    def serve(self, x: Tensor, *, double: bool = False) -> ops.WinogradWeight | None:
-        """The weight for images like x, whose channels need not be all; None where a plain convolution is faster."""
-        tile = ops.winograd_tile(x, *self.weight.shape[:2], double=double) if self.weight.shape[-1] == 3 else self._one(x)
+    def serve(self, x: Tensor, *, joined: bool = False, double: bool = False) -> ops.WinogradWeight | None:
+        """The weight for images like x, which are ``joined`` by others where their channels are not all; None where a plain
+        convolution is faster.
+        """
+        outputs, inputs, side, _ = self.weight.shape
+        if side == 3:
+            tile = ops.winograd_tile(x, outputs, inputs, double=double)
+        else:  # measured with 32 to 512 channels
+            enough = x.dtype is torch.float32 and x.numel() >= 64 * x.shape[1]
+            tile = 1 if enough and (self._wide or joined) and ops.winograd_tile(x, 64, 64) else None
         if tile is None:
             return None
         if tile not in self.transformed:
-            self.transformed[tile] = ops.winograd_weight(self.weight, 2 if tile == 2 else 4, dtype=self.products)
+            dtype = self.products if side == 3 or self._wide else torch.float32
+            self.transformed[tile] = ops.winograd_weight(self.weight, 2 if tile == 2 else 4, dtype=dtype)
         return self.transformed[tile]
 
-    def _one(self, x: Tensor) -> int | None:
-        few = min(self.weight.shape[:2]) < 64 or x.numel() < 64 * x.shape[1]  # measured with 32 to 512 channels
-        return None if few or self.products is torch.float32 or x.dtype is not torch.float32 else 1
+    @property
+    def _wide(self) -> bool:
+        """Whether 1x1 products of integers are faster than others."""
+        return self.products is torch.int16 and min(self.weight.shape[:2]) >= 64
 
 
 class PackedLinear(nn.Module):
@@ -240,7 +249,7 @@ class PackedConv2d(nn.Module):
         modulation: tuple[Tensor | None, ...] = (),
         double: bool = False,
     ) -> Tensor:
-        weight = None if self.filters is None else self.filters.serve(x, double=double)
+        weight = None if self.filters is None else self.filters.serve(x, joined=skip is not None, double=double)
         if weight is not None:
             bias = self.bias if shift is None else self.bias + shift
             own, activation = (None, None) if norm is None else (norm.coefficients(x, *modulation, skip=skip), norm.activation)

@@ -311,6 +311,11 @@ def group_norm_silu(
     return _normalise(x, weight, bias, scale, shift, groups, eps, silu, chosen)
 
 
+def _code(first: Tensor | None, second: Tensor | None) -> int:
+    value = second if first is None else first
+    return 0 if value is None else _native.DTYPES[value.dtype]
+
+
 def _coefficients(
     x: Tensor,
     skip: Tensor | None,
@@ -368,6 +373,10 @@ def group_norm_coefficients(
     >>> group_norm_coefficients(torch.randn(8, 64, 16, 16), 32, skip=torch.randn(8, 32, 16, 16)).shape
     torch.Size([8, 3, 96])
     """
+    given = (x, skip, groups, weight, bias, scale, shift)
+    call = _known.call(*given)
+    if call in _known:
+        return _give_coefficients(*given, eps)
     if skip is not None and (skip.shape[:1] != x.shape[:1] or skip.shape[2:] != x.shape[2:] or skip.dtype is not x.dtype):
         raise ValueError(
             f"skip must be like x, {list(x.shape)} in {x.dtype}, but for its channels, got {list(skip.shape)} in {skip.dtype}"
@@ -377,22 +386,32 @@ def group_norm_coefficients(
     channels = whole.shape[1]
     weight, bias = _pair(("weight", "bias"), weight, bias, (channels,), x)
     scale, shift = _pair(("scale", "shift"), scale, shift, (x.shape[0], channels), x)
-    given = (x, skip, weight, bias, scale, shift)
-    recorded = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given)
+    recorded = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in given)
     if x.dtype is not torch.float32 or recorded or _dispatch.choose(SPEC, None, x) != "cpp":
-        return _group_norm_coefficients_reference(*given, groups, eps)
-    x, skip = (None if v is None else v.movedim(1, -1).contiguous().movedim(-1, 1) for v in (x, skip))  # type: ignore[assignment]
-    return _give_coefficients(x, skip, groups, weight, bias, scale, shift, eps)
+        return _group_norm_coefficients_reference(x, skip, groups, weight, bias, scale, shift, eps)
+    x, skip = _channels_last(x), None if skip is None else _channels_last(skip)
+    prepared = (x, skip, groups, weight, bias, scale, shift)
+    if all(a is b for a, b in zip(given, prepared, strict=True)):
+        _known.add(call)
+    return _give_coefficients(*prepared, eps)
+
+
+_known = _dispatch.Known()
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    moved = x.movedim(1, -1)
+    return x if moved.is_contiguous() else moved.contiguous().movedim(-1, 1)
 
 
 def _group_norm_coefficients_reference(
     x: Tensor,
     skip: Tensor | None,
+    groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
-    groups: int,
     eps: float,
 ) -> Tensor:
     x = x if skip is None else torch.cat([x, skip], 1)

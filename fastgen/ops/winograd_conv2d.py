@@ -37,6 +37,7 @@ neural networks" (arXiv:1509.09308); Barabasz et al. (2020), arXiv:1803.10986, f
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -313,6 +314,11 @@ def winograd_tile(
         return None
     if double:
         height, width = 2 * height, 2 * width
+    return _tile(n, height, width, inputs, outputs, training)
+
+
+@functools.lru_cache(4096)
+def _tile(n: int, height: int, width: int, inputs: int, outputs: int, training: bool) -> Tile | None:
     filled = -(-outputs // _BLOCK) * _BLOCK / outputs
     weights = 75 if training else 25
 
@@ -389,13 +395,20 @@ def winograd_conv2d(
     torch.Size([2, 8, 9, 7])
     """
     if isinstance(weight, WinogradWeight):
-        _checked(x, weight.outputs, weight.inputs, bias, residual, double, skip, norm, activation)
+        packed, scale, outputs, inputs, tile = weight  # type: ignore[assignment]
+        images, silu = (x, bias, residual, skip, norm), activation is not None
+        call = _known.call(*images, outputs, inputs, tile, double, activation)
+        if call in _known:
+            return _convolve(x, packed, scale, bias, residual, outputs, tile, double, skip, norm, silu)
+        _checked(x, outputs, inputs, bias, residual, double, skip, norm, activation)
         _dispatch.choose(SPEC, "cpp", x)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, residual, skip, norm)):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in images):
             raise ValueError("a transformed weight serves no gradients: give the weight itself")
-        packed, scale, outputs, _, tile = weight  # type: ignore[assignment]
-        made = _images(skip), _flat(norm), activation is not None
-        return _convolve(_channels_last(x), packed, scale, _flat(bias), _images(residual), outputs, tile, double, *made)
+        prepared = (_channels_last(x), _flat(bias), _images(residual), _images(skip), _flat(norm))
+        if all(a is b for a, b in zip(images, prepared, strict=True)):
+            _known.add(call)
+        x, bias, residual, skip, norm = prepared
+        return _convolve(x, packed, scale, bias, residual, outputs, tile, double, skip, norm, silu)
     _checked_weight(weight, tile)
     _checked(x, weight.shape[0], weight.shape[1], bias, residual, double, skip, norm, activation)
     if weight.dtype is not x.dtype or weight.device != x.device:
@@ -410,6 +423,9 @@ def winograd_conv2d(
     x, weight, bias, residual = _channels_last(x), weight.contiguous(), _flat(bias), _images(residual)
     made = _images(skip), _flat(norm), activation is not None
     return _convolve(x, _transformed(weight, tile), None, bias, residual, weight.shape[0], tile, double, *made)
+
+
+_known = _dispatch.Known()
 
 
 def _flat(bias: Tensor | None) -> Tensor | None:
