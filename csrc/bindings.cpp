@@ -25,6 +25,7 @@ using fastgen::Kernel;
 using fastgen::Launch;
 using fastgen::MOST_ARGUMENTS;
 using fastgen::Record;
+using fastgen::Watch;
 
 PyObject* data_ptr_name;
 
@@ -66,7 +67,7 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < count; ++i)
     if (!convert(args[i], kernel->signature[i], slots[i])) return nullptr;
   Py_BEGIN_ALLOW_THREADS
-  kernel->entry(slots);
+  Watch::get().run(*kernel, slots);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }
@@ -189,4 +190,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("launch", &launch);
   module.def("record", &record);
   module.def("signatures", &signatures);
+  module.def("restart_watch", [](bool on) { return Watch::get().restart(on); });
 }

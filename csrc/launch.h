@@ -7,6 +7,9 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <chrono>
+#include <map>
+#include <mutex>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -20,6 +23,34 @@ namespace fastgen {
 namespace py = pybind11;
 
 constexpr int MOST_ARGUMENTS = 48;
+
+// Runs kernels and, while somebody asks, counts their seconds, by name.
+class Watch {
+ public:
+  static Watch& get() {
+    static Watch watch;
+    return watch;
+  }
+  void run(const Kernel& kernel, const Argument* slots) {
+    if (!on_) return kernel.entry(slots);
+    const auto start = std::chrono::steady_clock::now();
+    kernel.entry(slots);
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    seconds_[kernel.name] += taken.count();
+  }
+  // What has been counted; from now on it is counted from 0, or not at all.
+  std::map<std::string, double> restart(bool on) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    on_ = on;
+    return std::move(seconds_);
+  }
+
+ private:
+  bool on_ = false;
+  std::map<std::string, double> seconds_;
+  std::mutex mutex_;
+};
 
 // DLPack's C exchange interface, by which torch describes a tensor without Python code; https://dmlc.github.io/dlpack.
 namespace dlpack {
@@ -55,8 +86,8 @@ constexpr uint8_t INT = 0, FLOAT = 2, BFLOAT = 4;  // kDLInt, kDLFloat, kDLBfloa
 
 // What is asked of torch. Made on first use: importing the extension does not import torch.
 struct Torch {
-  PyObject *tensor, *parameter, *float32, *empty_like, *new_empty, *is_grad_enabled, *num_threads, *dispatch_modes, *transforms;
-  PyObject *requires_grad, *dtype_keyword, *saved_tensors, *save_for_backward, *set_materialize_grads, *remembered;
+  PyObject *tensor, *parameter, *float32, *channels_last, *empty, *empty_like, *new_empty, *is_grad_enabled, *num_threads, *dispatch_modes, *transforms;
+  PyObject *requires_grad, *dtype_keyword, *image_keywords, *saved_tensors, *save_for_backward, *set_materialize_grads, *remembered;
   PyObject *graph_is_kept, *hooks_of_saved;
   const dlpack::Exchange* exchange = nullptr;  // null where this torch has none
 
@@ -78,6 +109,8 @@ struct Torch {
     tensor = take(torch, "Tensor");
     parameter = take(torch.attr("nn"), "Parameter");
     float32 = take(torch, "float32");
+    channels_last = take(torch, "channels_last");
+    empty = take(torch, "empty");
     empty_like = take(torch, "empty_like");
     is_grad_enabled = take(torch, "is_grad_enabled");
     dispatch_modes = take(torch.attr("_C"), "_len_torch_dispatch_stack");
@@ -92,6 +125,7 @@ struct Torch {
     graph_is_kept = take(torch.attr("_C").attr("_autograd"), "_get_current_graph_task_keep_graph");
     hooks_of_saved = take(torch.attr("_C").attr("_autograd"), "_top_saved_tensors_default_hooks");
     dtype_keyword = py::make_tuple("dtype").release().ptr();
+    image_keywords = py::make_tuple("dtype", "memory_format").release().ptr();
     if (!py::hasattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__")) return;
     const py::object capsule = torch.attr("Tensor").attr("__dlpack_c_exchange_api__");
     const auto* found = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -123,7 +157,10 @@ class Launch {
       const auto kind = literal ? LITERAL : static_cast<Word>(found - std::begin(WORDS));
       if (literal) literals_.push_back(std::stoll(word));
       words_.push_back(kind);
+      typed_ |= kind == DTYPE;
       either_layout_ |= kind == LAST;
+      channels_last_ |= kind == OWN;
+      image_ |= kind == HEIGHT;
       inputs_ += given_to(kind);
       slots_ += slots_of(kind);
     }
@@ -147,7 +184,7 @@ class Launch {
       Py_RETURN_NONE;
     }
     Py_BEGIN_ALLOW_THREADS
-    kernels_[isa]->entry(slots);
+    Watch::get().run(*kernels_[isa], slots);
     Py_END_ALLOW_THREADS
     PyObject* tuple = PyTuple_New(outputs);
     for (int i = 0; i < outputs; ++i) PyTuple_SET_ITEM(tuple, i, made[i]);
@@ -159,16 +196,16 @@ class Launch {
  private:
   // What a word says, and how plans spell it. From LIKE to NUMBER the caller gives it.
   enum Word {
-    DTYPE, ROWS, EVENT, CHANNELS, PIXELS, LAST, BINS, THREADS, NONE, LITERAL,
-    LIKE, LIKE_OR_NONE, BINNED, KNOTS, WIDE, ROW, WEIGHTS, HISTORY, TABLE4, TABLE5, KEY, PAIR1, PAIR2, GROUPS, GROUPED, FLAG,
-    NUMBER,
-    NEW_LIKE, NEW_BINNED, NEW_KNOTS, NEW_WIDE, NEW_ROW, NEW_PAIR1, NEW_PAIR2, NEW_GROUPED, FIRST,
+    DTYPE, ROWS, EVENT, CHANNELS, PIXELS, HEIGHT, WIDTH, LAST, OWN, BINS, THREADS, NONE, LITERAL,
+    LIKE, LIKE_OR_NONE, BESIDE, BINNED, KNOTS, WIDE, ROW, WEIGHTS, HISTORY, TABLE4, TABLE5, KEY, PAIR1, PAIR2, GROUPS, GROUPED,
+    NORM, BIAS, IMAGE, MEMORY, OUTPUTS, DOUBLED, WHOLE, FLAG, NUMBER,
+    NEW_LIKE, NEW_BINNED, NEW_KNOTS, NEW_WIDE, NEW_ROW, NEW_PAIR1, NEW_PAIR2, NEW_GROUPED, NEW_NORM, NEW_IMAGE, FIRST,
   };
   static constexpr const char* WORDS[] = {
-      "dtype", "rows", "event", "channels", "pixels", "last", "bins", "threads", "null", "(literal)",  //
-      "like", "like?", "binned", "knots", "wide", "row", "weights", "history", "table4", "table5", "key", "pair1", "pair2",  //
-      "groups", "grouped", "flag", "number",  //
-      ">like", ">binned", ">knots", ">wide", ">row", ">pair1", ">pair2", ">grouped", ">first",
+      "dtype", "rows", "event", "channels", "pixels", "height", "width", "last", "own", "bins", "threads", "null", "(literal)",  //
+      "like", "like?", "beside", "binned", "knots", "wide", "row", "weights", "history", "table4", "table5", "key", "pair1",  //
+      "pair2", "groups", "grouped", "norm", "bias", "image", "memory", "outputs", "doubled", "whole", "flag", "number",  //
+      ">like", ">binned", ">knots", ">wide", ">row", ">pair1", ">pair2", ">grouped", ">norm", ">image", ">first",
   };
 
   enum Answer { LAUNCH, RECORD, LONG_WAY };
@@ -177,8 +214,9 @@ class Launch {
   struct Like {
     dlpack::Tensor tensor;
     int code = -1;
-    int64_t rows = 0, event = 1, channels = 0, pixels = 1;
-    bool last = false;                       // its channels lie last in memory
+    int64_t rows = 0, event = 1, channels = 0, pixels = 1;  // channels: with those of the one beside it
+    bool last = false;                                      // its channels lie last in memory
+    int64_t image[4] = {};                                  // the shape of the image that is made of it
     int64_t past = 0, bins = 0, groups = 0;  // past: how many tensors like it the history holds
     PyObject *binned = nullptr, *knots = nullptr, *const* pairs[2] = {};  // given
   };
@@ -212,12 +250,15 @@ class Launch {
   static bool is_pair(Word word) { return word == PAIR1 || word == PAIR2; }
   static bool is_new_pair(Word word) { return word == NEW_PAIR1 || word == NEW_PAIR2; }
   // What is given otherwise (noise, weights, coefficients, gradients) is constant for autograd.
-  static bool differentiable(Word word) { return is_like(word) || is_split(word) || word == HISTORY || is_pair(word); }
+  static bool differentiable(Word word) {
+    return is_like(word) || is_split(word) || word == HISTORY || is_pair(word) || is_of_image(word);
+  }
+  static bool is_of_image(Word word) { return word == BESIDE || word == NORM || word == BIAS || word == IMAGE; }
   static bool may_be_none(Word word) { return word != LIKE && !is_split(word) && !is_table(word) && word != GROUPED; }
   static int given_to(Word word) { return word < LIKE || word > NUMBER ? 0 : is_pair(word) ? 2 : 1; }
   static size_t slots_of(Word word) {
     if (is_pair(word)) return 3;
-    return word == WEIGHTS || word == HISTORY || is_table(word) || word == KEY || is_new_pair(word) ? 2 : 1;
+    return word == WEIGHTS || word == HISTORY || is_table(word) || word == KEY || word == BIAS || is_new_pair(word) ? 2 : 1;
   }
 
   // Whether a tensor is what the word says.
@@ -227,6 +268,7 @@ class Launch {
       const bool one = t.ndim == 1 && t.shape[0] == 4, many = t.ndim == 2 && t.shape[0] == like.rows && t.shape[1] == 4;
       return t.dtype.code == dlpack::INT && t.dtype.bits == 64 && (one || many);
     }
+    if (word == MEMORY) return true;
     const int code = storage_code(t);
     if (is_pair(word)) {
       const bool fit = word == PAIR1 ? t.ndim == 1 && t.shape[0] == like.channels
@@ -240,6 +282,14 @@ class Launch {
       return t.ndim == first.ndim + 1 && last == expected && last > 0 &&
              std::equal(first.shape, first.shape + first.ndim, t.shape);
     }
+    if (word == BESIDE)
+      return t.ndim == first.ndim && t.shape[0] == like.rows && std::equal(t.shape + 2, t.shape + t.ndim, first.shape + 2);
+    if (word == NORM) return t.ndim == 3 && t.shape[0] == like.rows && t.shape[1] == 3 && t.shape[2] == like.channels;
+    if (word == BIAS) {
+      const bool many = t.ndim == 2 && (t.shape[0] == 1 || t.shape[0] == like.rows);
+      return (t.ndim == 1 || many) && t.shape[t.ndim - 1] == like.image[1];
+    }
+    if (word == IMAGE) return t.ndim == 4 && std::equal(t.shape, t.shape + 4, like.image);
     if (word == GROUPED)
       return t.ndim == 3 && t.shape[0] == like.rows && t.shape[1] == like.groups && t.shape[2] == 3;
     if (word == HISTORY) return t.ndim == first.ndim + 1 && std::equal(first.shape, first.shape + first.ndim, t.shape + 1);
@@ -257,13 +307,15 @@ class Launch {
     if (integer(torch.dispatch_modes) != 0 || own(PyObject_CallNoArgs(torch.transforms)).ptr() != Py_False) return false;
     const dlpack::Tensor& t = like.tensor;
     if (!read(first, like.tensor) || t.ndim == 0) return false;
-    like.last = either_layout_ && !is_dense(t, false);
-    if (!is_dense(t, like.last)) return false;
+    like.last = channels_last_ || (either_layout_ && !is_dense(t, false));
+    if (!is_dense(t, like.last) || (image_ && t.ndim != 4)) return false;
     like.code = storage_code(t);
+    if (!typed_ && like.code != 0) return false;
     like.rows = t.shape[0];
     if (t.ndim > 1) like.channels = t.shape[1];
     for (int i = 2; i < t.ndim; ++i) like.pixels *= t.shape[i];
     like.event = t.ndim > 1 ? like.channels * like.pixels : 1;
+    if (image_) std::copy(t.shape, t.shape + 4, like.image);
     return like.code >= 0;
   }
 
@@ -277,12 +329,17 @@ class Launch {
       PyObject* const args[] = {first, torch.float32};
       return PyObject_Vectorcall(torch.empty_like, args, 1, torch.dtype_keyword);
     }
-    const Ref rows = own(PyLong_FromLongLong(like.rows)), groups = own(PyLong_FromLongLong(like.groups));
-    const Ref three = own(PyLong_FromLong(3));
-    PyObject* args[] = {first, rows.ptr(), groups.ptr(), three.ptr(), nullptr};
-    const int count = word == NEW_GROUPED ? 4 : 2;
-    args[count] = torch.float32;
-    return PyObject_VectorcallMethod(torch.new_empty, args, count, float32 ? nullptr : torch.dtype_keyword);
+    const auto sized = [&](PyObject* from, const int64_t* sizes, int count) {
+      Ref held[4];
+      PyObject* args[7] = {from};
+      for (int i = 0; i < count; ++i) args[1 + i] = (held[i] = own(PyLong_FromLongLong(sizes[i]))).ptr();
+      args[1 + count] = torch.float32, args[2 + count] = torch.channels_last;
+      if (!from) return PyObject_Vectorcall(torch.empty, args + 1, (size_t)count, torch.image_keywords);
+      return PyObject_VectorcallMethod(torch.new_empty, args, (size_t)count + 1, float32 ? nullptr : torch.dtype_keyword);
+    };
+    if (word == NEW_IMAGE) return sized(nullptr, like.image, 4);
+    const int64_t grouped[] = {like.rows, like.groups, 3}, norm[] = {like.rows, 3, like.channels};
+    return sized(first, word == NEW_NORM ? norm : grouped, word == NEW_ROW ? 1 : 3);
   }
 
   static bool memory_of(PyObject* tensor, Argument& slot) {
@@ -300,7 +357,7 @@ class Launch {
     bool record = false;
     const auto accept = [&](Word word, PyObject* given, dlpack::Tensor& t) {
       if (given == Py_None) return may_be_none(word);
-      const bool last = like.last && (is_like(word) || word == WIDE);
+      const bool last = like.last && (is_like(word) || word == WIDE || word == BESIDE || word == IMAGE);
       if (!read(given, t) || !is_dense(t, last) || !fits(word, t, like)) return false;
       record |= enabled && differentiable(word) && own(PyObject_GetAttr(given, torch.requires_grad)).ptr() != Py_False;
       return true;
@@ -314,6 +371,13 @@ class Launch {
       } else if (word == GROUPS) {
         slot->integer = like.groups = PyLong_CheckExact(*given) ? PyLong_AsLongLong(*given) : 0;
         if (like.groups < 1 || like.channels == 0 || like.channels % like.groups) return LONG_WAY;
+      } else if (word == OUTPUTS || word == WHOLE) {
+        slot->integer = PyLong_AsLongLong(*given);
+        if (slot->integer == -1 && PyErr_Occurred()) return LONG_WAY;
+        if (word == OUTPUTS) like.image[1] = slot->integer;
+      } else if (word == DOUBLED) {
+        slot->integer = PyObject_IsTrue(*given);
+        like.image[2] <<= slot->integer, like.image[3] <<= slot->integer;
       } else if (is_pair(word)) {
         dlpack::Tensor first{}, second{};
         if (!accept(word, given[0], first) || !accept(word, given[1], second)) return LONG_WAY;
@@ -328,6 +392,8 @@ class Launch {
         slot[0].pointer = address(t);
         if (word == BINNED) like.bins = t.shape[t.ndim - 1], like.binned = *given;
         if (word == KNOTS) like.knots = *given;
+        if (word == BESIDE && t.ndim) like.channels += t.shape[1];
+        if (word == BIAS) slot[1].integer = t.ndim == 2 && t.shape[0] > 1 ? like.image[1] : 0;
         if (word == KEY) slot[1].integer = t.ndim == 2 ? like.rows : t.ndim;
         if (word == WEIGHTS) slot[1].integer = t.ndim;
         if (word == HISTORY) slot[1].integer = like.past = t.ndim ? t.shape[0] : 0;
@@ -348,6 +414,9 @@ class Launch {
         case THREADS: slot->integer = integer(torch.num_threads); break;
         case CHANNELS: slot->integer = like.channels; break;
         case PIXELS: slot->integer = like.pixels; break;
+        case HEIGHT: slot->integer = like.tensor.shape[2]; break;
+        case WIDTH: slot->integer = like.tensor.shape[3]; break;
+        case OWN: slot->integer = like.tensor.shape[1]; break;
         case LAST: slot->integer = like.last ? like.channels : 0; break;
         case NONE: slot->pointer = nullptr; break;
         case LITERAL: slot->integer = *literal++; break;
@@ -365,6 +434,8 @@ class Launch {
         case NEW_WIDE:
         case NEW_ROW:
         case NEW_GROUPED:
+        case NEW_NORM:
+        case NEW_IMAGE:
           made[outputs] = allocate(word, args[0], like);
           if (!memory_of(made[outputs++], *slot)) return LONG_WAY;
           break;
@@ -384,7 +455,7 @@ class Launch {
   std::vector<int64_t> literals_;
   int inputs_ = 0;
   size_t slots_ = 0;
-  bool either_layout_ = false;
+  bool typed_ = false, either_layout_ = false, channels_last_ = false, image_ = false;
 };
 
 // A torch.autograd.Function made of launches, so that no Python code runs between PyTorch and the kernels: one where there is

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -98,25 +97,11 @@ def product_share(call: Callable[[], Any]) -> float | None:
     """
     from torch.profiler import ProfilerActivity, profile
 
-    own = 0.0
-    find = _native.kernel
-
-    def timed(name: str) -> Callable[..., Any]:
-        kernel = find(name)
-
-        def run(*args: Any) -> Any:
-            nonlocal own
-            start = time.perf_counter()
-            result = kernel(*args)
-            own += time.perf_counter() - start
-            return result
-
-        return run if name in KERNELS else kernel
-
-    with mock.patch.object(_native, "kernel", timed), profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with _native.watched() as seconds, profile(activities=[ProfilerActivity.CPU]) as profiler:
         start = time.perf_counter()
         call()
         wall = time.perf_counter() - start
+    own = sum(seconds.get(name, 0.0) for name in KERNELS)
     others = sum(event.self_cpu_time_total for event in profiler.key_averages() if event.key.rpartition("::")[2] in OPERATORS)
     inside = own + others / 1e6
     return min(1.0, inside / wall) if inside else None

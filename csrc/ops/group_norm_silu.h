@@ -709,10 +709,10 @@ inline void group_norm_silu_bwd(int64_t dtype, int64_t samples, int64_t channels
 
 // Center, slope and level of each channel, out [samples][3][channels]: what z is of an image whose channels lie last, `own` of
 // them in x and the others in skip.
-inline void group_norm_coefficients(int64_t samples, int64_t channels, int64_t groups, int64_t pixels, const float* x,
-                                    const float* skip, int64_t own, int64_t affine_dtype, const void* weight, const void* bias,
-                                    int64_t modulation_dtype, const void* scale, const void* shift, double eps, float* out,
-                                    int64_t threads) {
+inline void group_norm_coefficients(int64_t samples, int64_t channels, int64_t pixels, int64_t own, const float* x,
+                                    const float* skip, int64_t affine_dtype, const void* weight, const void* bias,
+                                    int64_t modulation_dtype, const void* scale, const void* shift, int64_t groups, double eps,
+                                    float* out, int64_t threads) {
   const NormTiling tiling(samples, channels, groups, pixels, true, false);
   const Modulation modulation{affine_dtype, modulation_dtype, weight, bias, scale, shift};
   const int64_t moments = 3 * tiling.padded, unit = tiling.tiles * moments;

@@ -660,12 +660,13 @@ inline void winograd_conv2d_pairs(int64_t tile, int64_t outputs, int64_t inputs,
   else winograd_pairs_of<4>(outputs, inputs, packed, (Pair*)pairs, scale, threads);
 }
 
-// height and width are those of y; with `doubled`, x has half of both and each of its pixels counts as 2 x 2. The transformed
-// weights are floats, or, where there is a scale, pairs. `own` of the input channels are those of x, the others of skip.
-inline void winograd_conv2d(int64_t tile, int64_t samples, int64_t height, int64_t width, int64_t inputs, int64_t outputs,
-                            int64_t doubled, const float* x, const float* skip, int64_t own, const float* norm, int64_t silu,
-                            const void* packed, const float* scale, const float* bias, int64_t bias_step,
+// height and width are those of x; with `doubled`, y has twice both, and each pixel of x counts as 2 x 2. `own` of the input
+// channels are those of x, the others of skip. The transformed weights are floats, or, where there is a scale, pairs.
+inline void winograd_conv2d(int64_t samples, int64_t height, int64_t width, int64_t inputs, int64_t own, const float* x,
+                            const float* skip, const float* norm, int64_t silu, int64_t tile, int64_t outputs,
+                            int64_t doubled, const void* packed, const float* scale, const float* bias, int64_t bias_step,
                             const float* residual, float* y, int64_t threads) {
+  if (doubled) height *= 2, width *= 2;
   if (tile == 1 && !doubled) {  // nothing but rows of pixels
     width *= height, height = 1;
     if (bias_step == 0 && !norm) width *= samples, samples = 1;

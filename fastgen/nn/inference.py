@@ -174,8 +174,8 @@ class Filters:
         if side == 3:
             tile = ops.winograd_tile(x, outputs, inputs, double=double)
         else:  # measured with 32 to 512 channels
-            enough = x.dtype is torch.float32 and x.numel() >= 64 * x.shape[1]
-            tile = 1 if enough and (self._wide or joined) and ops.winograd_tile(x, 64, 64) else None
+            enough = x.numel() >= 64 * x.shape[1]
+            tile = 1 if enough and (self._wide or joined) and ops.winograd_serves(x) else None
         if tile is None:
             return None
         if tile not in self.transformed:

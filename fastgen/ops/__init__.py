@@ -37,6 +37,7 @@ from fastgen.ops.winograd_conv2d import (
     WinogradWeight,
     winograd_conv2d,
     winograd_pairs,
+    winograd_serves,
     winograd_tile,
     winograd_weight,
 )
@@ -100,6 +101,7 @@ __all__ = [
     "use_math",
     "winograd_conv2d",
     "winograd_pairs",
+    "winograd_serves",
     "winograd_tile",
     "winograd_weight",
 ]

@@ -25,7 +25,6 @@ from fastgen.ops._spec import OpSpec, all_specs, get_spec
 
 __all__ = [
     "BACKENDS",
-    "Known",
     "choose",
     "differentiable_once",
     "explain",
@@ -170,34 +169,6 @@ def launch_mode(backend: str | None, math: str | None) -> bool | None:
     if (backend or _state.backend or "cpp") != "cpp" or _is_compiling():
         return None
     return _state.math == "fast" if math is None else is_fast(math)
-
-
-class Known:
-    """Calls that were found right once and needed no preparation, known again by all that checks and preparation look at.
-
-    For ops that a network calls a hundred times on the same shapes, where no gradients are recorded and nothing traces.
-    """
-
-    most = 4096
-
-    def __init__(self) -> None:
-        self._calls: set[Any] = set()
-
-    def call(self, *args: Any) -> tuple[Any, ...] | None:
-        """What the arguments are to be known by; None where they have to be looked at."""
-        if torch.is_grad_enabled() or _is_compiling():
-            return None
-        looks = [(v.shape, v.stride(), v.dtype, v.device, type(v)) if isinstance(v, Tensor) else v for v in args]
-        return (_state.backend, _native.current_isa(), *looks)
-
-    def __contains__(self, call: Any) -> bool:
-        return call in self._calls
-
-    def add(self, call: tuple[Any, ...] | None) -> None:
-        if call is not None:
-            if len(self._calls) >= self.most:
-                self._calls.clear()
-            self._calls.add(call)
 
 
 def _like(inputs: dict[str, Any]) -> Tensor:

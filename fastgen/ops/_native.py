@@ -18,7 +18,19 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "Launch", "Record", "applier", "available_isas", "current_isa", "kernel", "missing", "ready", "use_isa"]
+__all__ = [
+    "DTYPES",
+    "Launch",
+    "Record",
+    "applier",
+    "available_isas",
+    "current_isa",
+    "kernel",
+    "missing",
+    "ready",
+    "use_isa",
+    "watched",
+]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Storage types of the kernels and their codes in ``csrc/simd.h``."""
@@ -114,6 +126,20 @@ def extra_table(isa: str, table: dict[str, Callable[..., None]]) -> Iterator[Non
         (_tables or {}).pop(isa, None)
 
 
+@contextlib.contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """Seconds that the kernels run within the block, by name; filled at its end. Not to be nested."""
+    seconds: dict[str, float] = {}
+    if not ready():
+        yield seconds
+        return
+    _extension.restart_watch(True)
+    try:
+        yield seconds
+    finally:
+        seconds |= _extension.restart_watch(False)
+
+
 def kernel(name: str) -> Callable[..., Any]:
     """The CPU kernel of a name, for the instruction set in use."""
     ready()
@@ -130,11 +156,14 @@ class Launch:
     ======================  =============================================================================================
     dtype, rows, event      storage code of the first tensor, its samples, the elements of one
     channels, pixels        the channels of the first tensor, the elements of one of them in one sample
+    height, width           the last two of the four dimensions of the first tensor
     last                    0, or the channels of the first tensor where they lie last in memory: see below
+    own                     the channels of the first tensor, which must lie last in memory, as must beside and image
     bins                    the last dimension of the tensors that are binned
     threads, null, 0 ..     PyTorch's number of threads; a null pointer; the whole number as it stands
     like, wide, row         a tensor given by the caller: as the first; its shape in float32; [samples] in float32
     like?                   the same as like, or None
+    beside                  as the first but for its channels, which follow those of the first: "channels" counts both
     binned, knots           the first tensor's shape and one more dimension, that of the bins or of the knots between them
     weights                 [samples] or [] in float32, and its number of dimensions: two arguments
     history                 [H, ...], H tensors like the first, and H: two arguments
@@ -145,16 +174,23 @@ class Launch:
     pair2                   the same, each [samples, channels]
     groups                  a whole number given by the caller that divides the channels
     grouped                 [samples, groups, 3] in float32
-    flag, number            a bool, a float given by the caller
-    >like, >wide, >row ..   the same (like, binned, knots, wide, row, grouped), allocated here and returned
+    norm                    [samples, 3, channels] in float32
+    outputs, doubled        a whole number and a bool: the channels of the image that is made, and whether it has twice the
+                            height and the width of the first
+    bias                    [outputs], [1, outputs] or [samples, outputs], and the distance of two rows, 0 or outputs: two
+                            arguments
+    image                   as the image that is made
+    memory                  a tensor in any type and shape: that it is what the kernel expects, the caller knows
+    flag, whole, number     a bool, a whole number, a float given by the caller
+    >like, >wide, >row ..   the same (like, binned, knots, wide, row, grouped, norm, image), allocated here and returned
     >pair1, >pair2          the same for those of the pair that are there, and None for the others: two arguments
     >first                  the first tensor given, written over and returned
     ======================  =============================================================================================
 
     A tensor given may be None, a null pointer, unless the word is like, binned, knots, grouped or a table. The caller gives
     dense tensors on the CPU that fit, in the order of their dimensions; where the plan has the word last, the first tensor may
-    lie channels last, and like, like? and wide lie as it does. Gradients are recorded for like, like?, binned, knots, history
-    and pairs: whatever else is given is a constant for autograd.
+    lie channels last, and like, like? and wide lie as it does. Without the word dtype all is float32. Gradients are recorded
+    for like, like?, beside, binned, knots, history, pairs, norm, bias and image: all else is a constant for autograd.
     """
 
     def __init__(self, name: str, plan: str) -> None:
@@ -188,10 +224,11 @@ class Launch:
         rows, channels = first.shape[0], first.shape[1] if first.dim() > 1 else 0
         fixed: dict[str, Any] = {"dtype": DTYPES[first.dtype], "rows": rows, "event": math.prod(first.shape[1:])}
         fixed |= {"channels": channels, "pixels": math.prod(first.shape[2:]), "last": 0 if first.is_contiguous() else channels}
-        fixed |= {"threads": torch.get_num_threads(), "null": None}
+        fixed |= {"threads": torch.get_num_threads(), "null": None, "own": channels}
+        fixed |= dict(zip(("height", "width"), first.shape[2:], strict=False))
         split: dict[str, Any] = {}
         pairs: dict[str, list[Any]] = {}
-        groups = 0
+        groups, image = 0, [rows, 0, *first.shape[2:]]
         for word in self.words:
             if word in fixed or word.isdecimal():
                 flat.append(fixed[word] if word in fixed else int(word))
@@ -210,6 +247,12 @@ class Launch:
             elif word in (">row", ">grouped"):
                 outputs.append(first.new_empty((rows, groups, 3) if word == ">grouped" else rows, dtype=torch.float32))
                 flat.append(outputs[-1])
+            elif word == ">norm":
+                outputs.append(first.new_empty(rows, 3, channels))
+                flat.append(outputs[-1])
+            elif word == ">image":
+                outputs.append(torch.empty(image, dtype=first.dtype, memory_format=torch.channels_last))
+                flat.append(outputs[-1])
             elif word in (">like", ">wide"):
                 outputs.append(torch.empty_like(first, dtype=torch.float32 if word == ">wide" else None))
                 flat.append(outputs[-1])
@@ -223,6 +266,15 @@ class Launch:
                     split[word] = value
                 if word == "groups":
                     groups = value
+                if word == "beside" and value is not None:
+                    channels += value.shape[1]
+                    flat[self.words.index("channels")] = channels
+                if word == "outputs":
+                    image[1] = value
+                if word == "doubled" and value:
+                    image[2:] = (2 * size for size in image[2:])
+                if word == "bias":
+                    flat.append(image[1] if value is not None and value.dim() == 2 and len(value) > 1 else 0)
                 if word == "key":
                     flat.append(0 if value is None else value.numel() // 4)
                 elif word == "weights":

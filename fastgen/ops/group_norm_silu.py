@@ -311,35 +311,13 @@ def group_norm_silu(
     return _normalise(x, weight, bias, scale, shift, groups, eps, silu, chosen)
 
 
-def _code(first: Tensor | None, second: Tensor | None) -> int:
-    value = second if first is None else first
-    return 0 if value is None else _native.DTYPES[value.dtype]
-
-
-def _coefficients(
-    x: Tensor,
-    skip: Tensor | None,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-) -> Tensor:
-    own = x.shape[1]
-    channels = own if skip is None else own + skip.shape[1]
-    out = x.new_empty(x.shape[0], 3, channels)
-    _native.kernel("group_norm_coefficients")(
-        x.shape[0], channels, groups, math.prod(x.shape[2:]), x, skip, own, _code(weight, bias), weight, bias,
-        _code(scale, shift), scale, shift, eps, out, torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
-_give_coefficients = _dispatch.raw_op(
+_coefficients_cpp = _native.Launch(
+    "group_norm_coefficients", "rows channels pixels own like beside pair1 pair2 groups number >norm threads"
+)
+_coefficients = _dispatch.raw_op(
     "group_norm_coefficients",
-    "(Tensor x, Tensor? skip, int groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps) -> Tensor",
-    _coefficients,
+    "(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps) -> Tensor",
+    lambda *args: _coefficients_cpp(*args)[0],
     lambda x, skip, *_: x.new_empty(x.shape[0], 3, x.shape[1] + (0 if skip is None else skip.shape[1])),
 )
 
@@ -373,10 +351,10 @@ def group_norm_coefficients(
     >>> group_norm_coefficients(torch.randn(8, 64, 16, 16), 32, skip=torch.randn(8, 32, 16, 16)).shape
     torch.Size([8, 3, 96])
     """
-    given = (x, skip, groups, weight, bias, scale, shift)
-    call = _known.call(*given)
-    if call in _known:
-        return _give_coefficients(*given, eps)
+    if _dispatch.launch_mode(None, None) is not None:
+        made = _coefficients_cpp.attempt(x, skip, weight, bias, scale, shift, groups, eps)
+        if made:
+            return made[0]
     if skip is not None and (skip.shape[:1] != x.shape[:1] or skip.shape[2:] != x.shape[2:] or skip.dtype is not x.dtype):
         raise ValueError(
             f"skip must be like x, {list(x.shape)} in {x.dtype}, but for its channels, got {list(skip.shape)} in {skip.dtype}"
@@ -386,17 +364,12 @@ def group_norm_coefficients(
     channels = whole.shape[1]
     weight, bias = _pair(("weight", "bias"), weight, bias, (channels,), x)
     scale, shift = _pair(("scale", "shift"), scale, shift, (x.shape[0], channels), x)
-    recorded = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in given)
+    given = (x, skip, weight, bias, scale, shift)
+    recorded = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given)
     if x.dtype is not torch.float32 or recorded or _dispatch.choose(SPEC, None, x) != "cpp":
-        return _group_norm_coefficients_reference(x, skip, groups, weight, bias, scale, shift, eps)
-    x, skip = _channels_last(x), None if skip is None else _channels_last(skip)
-    prepared = (x, skip, groups, weight, bias, scale, shift)
-    if all(a is b for a, b in zip(given, prepared, strict=True)):
-        _known.add(call)
-    return _give_coefficients(*prepared, eps)
-
-
-_known = _dispatch.Known()
+        return _group_norm_coefficients_reference(*given, groups, eps)
+    skip = None if skip is None else _channels_last(skip)
+    return _coefficients(_channels_last(x), skip, weight, bias, scale, shift, groups, eps)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -407,11 +380,11 @@ def _channels_last(x: Tensor) -> Tensor:
 def _group_norm_coefficients_reference(
     x: Tensor,
     skip: Tensor | None,
-    groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    groups: int,
     eps: float,
 ) -> Tensor:
     x = x if skip is None else torch.cat([x, skip], 1)

@@ -52,6 +52,7 @@ __all__ = [
     "winograd_conv2d",
     "winograd_conv2d_reference",
     "winograd_pairs",
+    "winograd_serves",
     "winograd_tile",
     "winograd_weight",
 ]
@@ -181,37 +182,17 @@ def _result_like(x: Tensor, outputs: int, double: bool) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _forward(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    outputs: int,
-    tile: int,
-    double: bool,
-    skip: Tensor | None = None,
-    norm: Tensor | None = None,
-    silu: bool = False,
-) -> Tensor:
-    y = _result_like(x, outputs, double)
-    step = 0 if bias is None or bias.dim() == 1 or bias.shape[0] == 1 else outputs
-    own = x.shape[1]
-    inputs = own if skip is None else own + skip.shape[1]
-    _native.kernel("winograd_conv2d")(
-        tile, y.shape[0], y.shape[2], y.shape[3], inputs, outputs, double, x, skip, own, norm, silu, packed, scale, bias, step,
-        residual, y, torch.get_num_threads(),
-    )  # fmt: skip
-    return y
-
-
+_forward_cpp = _native.Launch(
+    "winograd_conv2d",
+    "rows height width channels own like beside norm flag whole outputs doubled memory memory bias image >image threads",
+)
 _transformed = _dispatch.raw_op("winograd_conv2d_weight", "(Tensor weight, int tile) -> Tensor", _transform, _packed_like)
 _convolve = _dispatch.raw_op(
     "winograd_conv2d",
-    "(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, Tensor? residual, int outputs, int tile, bool double, "
-    "Tensor? skip=None, Tensor? norm=None, bool silu=False) -> Tensor",
-    _forward,
-    lambda x, packed, scale, bias, residual, outputs, tile, double, *_: _result_like(x, outputs, double),
+    "(Tensor x, Tensor? skip, Tensor? norm, bool silu, int tile, int outputs, bool double, Tensor packed, Tensor? scale, "
+    "Tensor? bias, Tensor? residual) -> Tensor",
+    lambda *args: _forward_cpp(*args)[0],
+    lambda x, skip, norm, silu, tile, outputs, double, *_: _result_like(x, outputs, double),
 )
 
 
@@ -240,6 +221,12 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _plain(
+    x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, outputs: int, tile: int, double: bool
+) -> Tensor:
+    return _convolve(x, None, None, False, tile, outputs, double, packed, None, bias, residual)
+
+
 class _WinogradConv2d(torch.autograd.Function):
     """Saves x and the weight."""
 
@@ -249,7 +236,7 @@ class _WinogradConv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_shape, ctx.tile, ctx.double = None if bias is None else bias.shape, tile, double
-        return _convolve(x, _transformed(weight, tile), None, bias, residual, weight.shape[0], tile, double)
+        return _plain(x, _transformed(weight, tile), bias, residual, weight.shape[0], tile, double)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -263,7 +250,7 @@ class _WinogradConv2d(torch.autograd.Function):
             if again:
                 grad_x = winograd_conv2d(own, turned, tile=tile, backend="cpp")
             else:
-                grad_x = _convolve(own, _transformed(turned, tile), None, None, None, weight.shape[1], tile, False)
+                grad_x = _plain(own, _transformed(turned, tile), None, None, weight.shape[1], tile, False)
             if ctx.double:
                 grad_x = 4 * F.avg_pool2d(grad_x, 2)
         if wanted[1]:
@@ -292,6 +279,11 @@ def winograd_pairs() -> bool:
     return bool(answer)
 
 
+def winograd_serves(x: Tensor) -> bool:
+    """Whether there are kernels for images like x, without gradients or with."""
+    return _dispatch.choose(SPEC, None, x) == "cpp"
+
+
 def winograd_tile(
     x: Tensor, outputs: int, inputs: int | None = None, *, double: bool = False, training: bool = False
 ) -> Tile | None:
@@ -310,7 +302,7 @@ def winograd_tile(
     """
     n, own, height, width = x.shape
     inputs = own if inputs is None else inputs
-    if min(inputs, outputs) < 16 or _dispatch.choose(SPEC, None, x) != "cpp":
+    if min(inputs, outputs) < 16 or not winograd_serves(x):
         return None
     if double:
         height, width = 2 * height, 2 * width
@@ -396,19 +388,16 @@ def winograd_conv2d(
     """
     if isinstance(weight, WinogradWeight):
         packed, scale, outputs, inputs, tile = weight  # type: ignore[assignment]
-        images, silu = (x, bias, residual, skip, norm), activation is not None
-        call = _known.call(*images, outputs, inputs, tile, double, activation)
-        if call in _known:
-            return _convolve(x, packed, scale, bias, residual, outputs, tile, double, skip, norm, silu)
+        how = activation == "silu", tile, outputs, double, packed, scale
+        if _dispatch.launch_mode(backend, None) is not None and _fits(x, skip, inputs) and activation in (None, "silu"):
+            made = _forward_cpp.attempt(x, skip, norm, *how, bias, residual)
+            if made:
+                return made[0]
         _checked(x, outputs, inputs, bias, residual, double, skip, norm, activation)
         _dispatch.choose(SPEC, "cpp", x)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in images):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, residual, skip, norm)):
             raise ValueError("a transformed weight serves no gradients: give the weight itself")
-        prepared = (_channels_last(x), _flat(bias), _images(residual), _images(skip), _flat(norm))
-        if all(a is b for a, b in zip(images, prepared, strict=True)):
-            _known.add(call)
-        x, bias, residual, skip, norm = prepared
-        return _convolve(x, packed, scale, bias, residual, outputs, tile, double, skip, norm, silu)
+        return _convolve(_channels_last(x), _images(skip), _flat(norm), *how, _flat(bias), _images(residual))
     _checked_weight(weight, tile)
     _checked(x, weight.shape[0], weight.shape[1], bias, residual, double, skip, norm, activation)
     if weight.dtype is not x.dtype or weight.device != x.device:
@@ -420,12 +409,15 @@ def winograd_conv2d(
         x = _made(x, skip, norm, activation)
         own = _channels_last(x), weight.contiguous(), _flat(bias), _images(residual)
         return _WinogradConv2d.apply(*own, tile, double)
-    x, weight, bias, residual = _channels_last(x), weight.contiguous(), _flat(bias), _images(residual)
-    made = _images(skip), _flat(norm), activation is not None
-    return _convolve(x, _transformed(weight, tile), None, bias, residual, weight.shape[0], tile, double, *made)
+    how = activation is not None, tile, weight.shape[0], double, _transformed(weight.contiguous(), tile), None
+    return _convolve(_channels_last(x), _images(skip), _flat(norm), *how, _flat(bias), _images(residual))
 
 
-_known = _dispatch.Known()
+def _fits(x: Tensor, skip: Tensor | None, inputs: int) -> bool:
+    """Whether there are pixels, and channels as the weight has them, which a launch does not know."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.numel() or (skip is not None and skip.dim() != 4):
+        return False
+    return x.shape[1] + (0 if skip is None else skip.shape[1]) == inputs
 
 
 def _flat(bias: Tensor | None) -> Tensor | None:
