@@ -210,7 +210,7 @@ class Launch {
 
   enum Answer { LAUNCH, RECORD, LONG_WAY };
 
-  // What the first tensor says about the others.
+  // What the first tensor says about the others, and what those given say about those to allocate.
   struct Like {
     dlpack::Tensor tensor;
     int code = -1;
@@ -342,6 +342,7 @@ class Launch {
     return sized(first, word == NEW_NORM ? norm : grouped, word == NEW_ROW ? 1 : 3);
   }
 
+  // A null pointer for None; false where there is no tensor.
   static bool memory_of(PyObject* tensor, Argument& slot) {
     dlpack::Tensor t{};
     if (!tensor || (tensor != Py_None && !Torch::get().describe(tensor, t))) return false;
@@ -355,6 +356,7 @@ class Launch {
     if (!start(args[0], like)) return LONG_WAY;
     const bool enabled = own(PyObject_CallNoArgs(torch.is_grad_enabled)).ptr() != Py_False;
     bool record = false;
+    // Whether what is given for a word may be; None leaves the tensor as it is.
     const auto accept = [&](Word word, PyObject* given, dlpack::Tensor& t) {
       if (given == Py_None) return may_be_none(word);
       const bool last = like.last && (is_like(word) || word == WIDE || word == BESIDE || word == IMAGE);

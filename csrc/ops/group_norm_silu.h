@@ -527,7 +527,11 @@ template <class T, bool Silu, bool Last>
 INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& modulation, const T* x, const T* grad_y,
                                    const float* stats, T* grad_x, void* grad_weight, void* grad_bias, void* grad_scale,
                                    void* grad_shift, int64_t threads) {
-  const bool stream = tiling.streams(grad_x);
+  // Where half of a second-level cache holds x, dz and dx of a unit, the lines of dx are fetched while dz is computed: stores
+  // around the caches leave memory idle then, and wait for it in the short pass that follows.
+  const bool fetch = !Last && !tiling.shared(tiling.useful(threads)) &&
+                     tiling.unit_size() * (int64_t)(2 * sizeof(T) + sizeof(float)) <= AHEAD_BYTES;
+  const bool stream = !fetch && tiling.streams(grad_x);
   const int64_t coefficients = NormCoefficients::BACKWARD * tiling.padded;
   // then the sums of the tiles: of dz, and of dz * (x - center); then dz itself, where it is kept
   const int64_t width = tiling.padded, slots = Last ? tiling.tiles : tiling.parts, sums = 2 * slots * width;
@@ -571,8 +575,10 @@ INLINE void group_norm_silu_bwd_as(const NormTiling& tiling, const Modulation& m
       if constexpr (Last) {
         const int64_t later = j + PIXELS_AHEAD * tiling.channels;
         span_prefetch(x + later, span), span_prefetch(grad_y + later, span);
-      } else
+      } else {
         for (int k = 0; k < V; ++k) fetch_ahead(x + j + k * LANES), fetch_ahead(grad_y + j + k * LANES);
+        if (fetch) span_prefetch(grad_x + j, span);
+      }
       differentiate(span, own, v, dz);
       for (int k = 0; k < V; ++k) some[k] = some[k] + dz[k], products[k] = fma(dz[k], v[k], products[k]);
       if (!keep) return;
