@@ -3,21 +3,20 @@ place of its own. diffusers itself is not needed."""
 
 from typing import NoReturn
 
-from fastgen.interop.diffusers.schedulers import (
-    DDIMScheduler,
-    DDPMScheduler,
+from fastgen.interop.diffusers.schedulers.chain import DDIMScheduler, DDPMScheduler
+from fastgen.interop.diffusers.schedulers.edm import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from fastgen.interop.diffusers.schedulers.flow import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from fastgen.interop.diffusers.schedulers.k_diffusion import (
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+)
+from fastgen.interop.diffusers.schedulers.pndm import PNDMScheduler
+from fastgen.interop.diffusers.schedulers.solvers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
-    EDMDPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from fastgen.interop.diffusers.weights import load, load_autoencoder_kl, load_unet

@@ -31,8 +31,10 @@ from fastgen.diffusion.schedules import (
 from fastgen.diffusion.upstream import upstream_chain, upstream_grid, upstream_plan
 from fastgen.interop.diffusers.config import Configured
 
-__all__ = ["ChainScheduler", "Generators", "Scheduler", "SchedulerOutput", "drawn"]
+__all__ = ["Betas", "ChainScheduler", "Device", "Generators", "Scheduler", "SchedulerOutput", "drawn"]
 
+Betas = Sequence[float] | Tensor | None
+Device = torch.device | str | None
 Generators = torch.Generator | list[torch.Generator]
 
 _BETAS = {name: name for name in ("linear", "scaled_linear", "sigmoid", "laplace")} | {"squaredcos_cap_v2": "cosine"}
@@ -414,10 +416,9 @@ class Scheduler(Configured):
     @property
     def compatibles(self) -> list[type[Scheduler]]:
         """The classes here that take this one's config."""
-        from fastgen.interop.diffusers import schedulers
+        from fastgen.interop import diffusers
 
-        names = dict.fromkeys([type(self).__name__, *self._compatibles])
-        return [getattr(schedulers, name) for name in names if hasattr(schedulers, name)]
+        return [getattr(diffusers, name) for name in dict.fromkeys([type(self).__name__, *self._compatibles])]
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
