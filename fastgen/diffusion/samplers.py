@@ -204,11 +204,33 @@ class EulerAncestral(DDIM):
 
 @dataclasses.dataclass(frozen=True)
 class Consistency(Sampler):
-    """The estimate of the data with fresh noise, step by step: for networks that estimate it well at once (Song et al., 2023,
-    "Consistency models", algorithm 1); what diffusers calls LCM, and stochastic sampling of a flow."""
+    """Each step goes past where it ends, and back there by fresh noise: for networks that estimate the data well at once.
+
+    Args:
+        gamma: how much of the way from there to the data it goes in time. 1 is the estimate of the data with fresh noise (Song
+            et al., 2023, "Consistency models", algorithm 1; LCM, and stochastic sampling of a flow), 0 is DDIM, and what is
+            between keeps detail over many steps (Zheng et al., 2024, "Trajectory consistency distillation", algorithm 2).
+    """
+
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma must be in 0 .. 1, got {self.gamma}")
 
     def plan(self, grid: Grid) -> Plan:
-        return _plan(grid, torch.stack([torch.zeros_like(grid.alpha), grid.next_alpha, grid.next_sigma], 1))
+        clean = grid.schedule.clean
+        time = clean + (1 - self.gamma) * (grid.next_time - clean)
+        alpha, sigma = grid.schedule.at(time.clamp(min=0))
+        at_data = time == clean
+        return self.plan_past(grid, torch.where(at_data, 1.0, alpha), torch.where(at_data, 0.0, sigma))
+
+    @staticmethod
+    def plan_past(grid: Grid, alpha: Tensor, sigma: Tensor) -> Plan:
+        """The plan with each step going to a point of its own first, on the way from its end to the data."""
+        keep, back = torch.where(sigma > 0, sigma / grid.sigma, 0.0), grid.next_alpha / alpha
+        noise = (grid.next_sigma.square() - (back * sigma).square()).clamp(min=0).sqrt()
+        return _plan(grid, torch.stack([back * keep, back * (alpha - grid.alpha * keep), noise], 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -735,6 +757,7 @@ SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
     "dpmpp_3s": (DPMSolverSinglestep, {"order": 3}),
     "unipc": (UniPC, {}),
     "consistency": (Consistency, {}),
+    "tcd": (Consistency, {"gamma": 0.3}),
 }
 """Names of the samplers: class and the options in which a name differs from the class. "edm" is the paper's for ImageNet."""
 

@@ -38,7 +38,7 @@ INTERNALS = {
     *("use_beta_sigmas", "one", "custom_timesteps", "variance_type", "predict_x0", "solver_p", "disable_corrector"),
     *("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order", "derivatives", "prev_derivative"),
     *("dt", "sample", "order_list", "prk_timesteps", "plms_timesteps", "pndm_order", "cur_model_output", "cur_sample"),
-    *("counter", "ets"),
+    *("counter", "ets", "sigma_data"),
 }
 """What diffusers' schedulers keep for themselves in attributes without an underscore; no general pipeline reads it."""
 CASES = [
@@ -138,6 +138,12 @@ CASES = [
     ("PNDMScheduler", {**SD, "skip_prk_steps": True, "steps_offset": 1}),
     ("PNDMScheduler", {**SD, **V, "timestep_spacing": "trailing", "set_alpha_to_one": True}),
     ("PNDMScheduler", {**V, "skip_prk_steps": True, "timestep_spacing": "linspace", "set_alpha_to_one": True}),
+    ("LCMScheduler", {}),
+    ("LCMScheduler", {**V, "rescale_betas_zero_snr": True, "clip_sample": True, "original_inference_steps": 100}),
+    ("LCMScheduler", {**X0, "thresholding": True, "sample_max_value": 1.5, "timestep_scaling": 1e-3, "clip_sample": True}),
+    ("TCDScheduler", {}),
+    ("TCDScheduler", {**V, "rescale_betas_zero_snr": True, "set_alpha_to_one": False, "clip_sample": True}),
+    ("TCDScheduler", {**X0, "beta_schedule": "linear", "original_inference_steps": 100, "thresholding": True}),
     ("EDMEulerScheduler", {}),
     ("EDMEulerScheduler", {**V, **CLEAN, "sigma_data": 1.0, "rho": 5.0, "sigma_max": 20.0}),
     ("EDMEulerScheduler", {"sigma_schedule": "exponential"}),
@@ -206,11 +212,12 @@ def trajectory(scheduler, steps=STEPS, evaluate=None, x=None, times=None, genera
         step = scheduler.step(evaluate(shown, t), t, x, **options)
         x = step.prev_sample
         seen += [shown, x]
-        if getattr(step, "pred_original_sample", None) is not None:
-            # as it counts in the state: at high noise the estimate itself is a difference of large numbers, good to 6e-5
-            bars = getattr(scheduler, "alphas_cumprod", None)
-            share = 1.0 if bars is None else bars[max(0, round(float(t)))].float().sqrt()
-            seen.append(step.pred_original_sample * share)
+        for beside in ("pred_original_sample", "denoised", "pred_noised_sample"):
+            if getattr(step, beside, None) is not None:
+                # as it counts in the state: at high noise the estimate itself is a difference of large numbers, good to 6e-5
+                bars = getattr(scheduler, "alphas_cumprod", None)
+                share = 1.0 if bars is None else bars[max(0, round(float(t)))].float().sqrt()
+                seen.append(getattr(step, beside) * share)
     return seen
 
 
@@ -425,6 +432,63 @@ def test_another_scheduler_as_predictor(name, config):
     assert (corrected[-3] - expected[-3]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"num_inference_steps": 4},
+        {"num_inference_steps": 7, "original_inference_steps": 40},
+        {"num_inference_steps": 3, "strength": 0.37},
+        {"timesteps": [999, 759, 499, 259]},
+        {"timesteps": [999, 759, 499, 259, 19], "strength": 0.6, "original_inference_steps": 100},
+    ],
+    ids="-".join,
+)
+def test_steps_of_a_distilled_network(name, layout):
+    """As ever fewer as there are; a run that is cut short ends at the noise of its last step, as upstream."""
+    theirs, mine = both(name)
+    evaluate, x = network(theirs), start()
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(**layout)
+    assert torch.equal(mine.timesteps, theirs.timesteps)
+    assert mine.num_inference_steps == theirs.num_inference_steps
+    for options in ({}, {"return_dict": False}) if name.startswith("LCM") else ({"eta": 0.0}, {"eta": 0.7}, {"eta": 1.0}):
+        generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+        pair = []
+        for scheduler, generator in zip((mine, theirs), generators, strict=True):
+            scheduler.set_timesteps(**layout)
+            state, seen = x, []
+            for t in scheduler.timesteps:
+                state, beside = scheduler.step(evaluate(state, t), t, state, generator=generator, **options)[:2]
+                seen += [state, beside]
+            pair.append(seen)
+        assert_alike(*pair)
+        assert torch.equal(torch.randn(3, generator=generators[0]), torch.randn(3, generator=generators[1]))
+
+
+def test_errors_of_distilled_steps():
+    lcm = ours.LCMScheduler()
+    for wrong, message in (
+        (
+            {"num_inference_steps": 51},
+            r"num_inference_steps must be in 1 \.\. 50 with original_inference_steps=50 and strength=1",
+        ),
+        (
+            {"num_inference_steps": 20, "strength": 0.3},
+            r"must be in 1 \.\. 15 with original_inference_steps=50 and strength=0.3",
+        ),
+        ({"num_inference_steps": 4, "original_inference_steps": 2000}, r"original_inference_steps must be in 1 \.\. 1000"),
+        ({"timesteps": [500, 900]}, "falling"),
+        ({"num_inference_steps": 2, "timesteps": [900, 500]}, "give one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lcm.set_timesteps(**wrong)
+    tcd = ours.TCDScheduler()
+    tcd.set_timesteps(4)
+    with pytest.raises(ValueError, match=r"eta must be in 0 \.\. 1, got 1.5"):
+        tcd.step(start(), 999, start(), eta=1.5)
+
+
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_times_of_tokens(stochastic):
     theirs, mine = both("FlowMatchEulerDiscreteScheduler", stochastic_sampling=stochastic, shift=2.0)
@@ -485,7 +549,7 @@ def test_noise_of_the_schedulers_times(name):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler"])
 def test_training_verbs(name):
     theirs, mine = both(name, **SD)
     x, noise, times = start(1), start(2), torch.tensor([0, 17, 500, 999])
@@ -609,8 +673,9 @@ def test_pipeline_of_a_user(name, tmp_path):
     assert again.config.items() >= {k: v for k, v in config.items() if not k.startswith("_") and v}.items()
 
 
-def test_previous_times():
-    theirs, mine = both("DDPMScheduler")
+@pytest.mark.parametrize("name", ["DDPMScheduler", "LCMScheduler", "TCDScheduler"])
+def test_previous_times(name):
+    theirs, mine = both(name)
     for steps in (None, 7):
         if steps:
             theirs.set_timesteps(steps)
@@ -680,7 +745,9 @@ def test_configs_between_classes():
     heun = ours.HeunDiscreteScheduler.from_config(euler.config, use_karras_sigmas=True)
     assert heun.config.beta_start == 0.00085  # its own default, not DDPM's
     assert ours.DDPMScheduler.from_config(heun.config).config.variance_type == "fixed_large"
-    assert {cls.__name__ for cls in euler.compatibles} == {name for name in NAMES if not name.startswith(("Flow", "EDM"))}
+    for name in NAMES:
+        there, here = both(name)
+        assert {cls.__name__ for cls in here.compatibles} == {cls.__name__ for cls in there.compatibles} & set(NAMES)
     made, unused = ours.DDIMScheduler.from_config({"beta_end": 0.03, "novel": 1}, return_unused_kwargs=True)
     assert made.config.beta_end == 0.03
     assert unused == {"novel": 1}

@@ -4,6 +4,7 @@ place of its own. diffusers itself is not needed."""
 from typing import NoReturn
 
 from fastgen.interop.diffusers.schedulers.chain import DDIMScheduler, DDPMScheduler
+from fastgen.interop.diffusers.schedulers.consistency import LCMScheduler, TCDScheduler
 from fastgen.interop.diffusers.schedulers.edm import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from fastgen.interop.diffusers.schedulers.flow import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from fastgen.interop.diffusers.schedulers.k_diffusion import (
@@ -34,8 +35,10 @@ __all__ = [
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "HeunDiscreteScheduler",
+    "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "TCDScheduler",
     "UniPCMultistepScheduler",
     "load",
     "load_autoencoder_kl",

@@ -1,4 +1,4 @@
-"""DDPM and DDIM: a step depends on its time alone."""
+"""DDPM and DDIM, whose steps depend on their times alone, and DDIM from the data to the noise."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from fastgen.diffusion.schedules import Grid
 from fastgen.interop.diffusers.config import recorded
 from fastgen.interop.diffusers.scheduler import Betas, ChainScheduler, Device, Generators
 
-__all__ = ["DDIMScheduler", "DDPMScheduler", "Stateless"]
+__all__ = ["DDIMScheduler", "DDPMScheduler", "InOrder", "WholeChain"]
 
 
-class Stateless(ChainScheduler):
-    """DDPM and DDIM: a step depends on its time alone, and noise may be added at any time of the chain."""
+class WholeChain(ChainScheduler):
+    """Schedulers that add noise at any time of the chain, and have its end as it is."""
 
-    by_counter: ClassVar[bool] = False
     whole_times: ClassVar[bool] = True
     finite_levels: ClassVar[bool] = False
 
@@ -36,11 +35,22 @@ class Stateless(ChainScheduler):
         return self._diffused(sample, noise, self._chain_rows(sample, timesteps, velocity=True))
 
 
-class DDPMScheduler(Stateless):
+class InOrder(WholeChain):
+    """Schedulers that step to the next of ``timesteps``."""
+
+    layout = "index"
+
+    def previous_timestep(self, timestep: int | Tensor) -> int:
+        """The time that a step from ``timestep`` goes to; -1 is the data."""
+        later = [*self._list, -1][self.index_for_timestep(timestep) + 1]
+        return int(later)
+
+
+class DDPMScheduler(InOrder):
     """Ancestral sampling (Ho et al., 2020). ``variance_type`` "fixed_large_log" is "fixed_large": upstream takes the root of
     its logarithm, which is NaN."""
 
-    layout = "index"
+    by_counter: ClassVar[bool] = False
 
     @recorded
     def __init__(
@@ -90,11 +100,6 @@ class DDPMScheduler(Stateless):
         """Lay out the steps: how many, or their times, falling."""
         self._set_timesteps(num_inference_steps, device, timesteps)
 
-    def previous_timestep(self, timestep: int | Tensor) -> int:
-        """The time that a step from ``timestep`` goes to; -1 is the data."""
-        later = [*self._list, -1][self.index_for_timestep(timestep) + 1]
-        return int(later)
-
     def step(
         self,
         model_output: Tensor,
@@ -125,7 +130,7 @@ class DDPMScheduler(Stateless):
         )
 
 
-class DDIMScheduler(Stateless):
+class DDIMScheduler(WholeChain):
     """Implicit sampling (Song et al., 2021).
 
     Args:
@@ -134,6 +139,7 @@ class DDIMScheduler(Stateless):
     """
 
     layout: Layout = "stride"
+    by_counter: ClassVar[bool] = False
     extras = ("exact_steps",)
 
     @recorded
