@@ -22,7 +22,7 @@ Sources: Ho et al. (2020), algorithm 2; Nichol and Dhariwal (2021), eq. 15; Song
 models", eq. 12 and 16; Karras et al. (2022), algorithms 1 and 2; Lu et al. (2022), "DPM-Solver" and "DPM-Solver++", algorithm
 1 (single-step), 2 and its SDE form; Song et al. (2021), "Score-based generative modeling through stochastic differential
 equations", algorithms 2 to 5; Zhao et al. (2023), "UniPC", algorithms 5 to 8; Lugmayr et al. (2022), "RePaint"; Crowson
-(2022), k-diffusion (ancestral Euler, linear multistep).
+(2022), k-diffusion (ancestral Euler, dpm_2, linear multistep).
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ Estimate = Literal["data", "noise"]
 __all__ = [
     "DDIM",
     "DDPM",
+    "DPM2",
     "LMS",
     "SAMPLERS",
     "Consistency",
@@ -330,6 +331,44 @@ class Heun(Euler):
             torch.cat([_interleave(start.alpha, grid.next_alpha)[done], end_alpha]),
             torch.cat([_interleave(start.sigma, grid.next_sigma)[done], end_sigma]),
             _interleave(euler, correction)[done],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DPM2(Sampler):
+    """Midpoint method of second order in log(sigma / alpha), the dpm_2 of k-diffusion: two evaluations a step, one for a step
+    from no data at all or to no noise.
+
+    With ``eta`` each step goes down to less noise than wanted, and noise brings it up again, as in :class:`DDIM`; at 1 it is
+    dpm_2_ancestral.
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in 0 .. 1, got {self.eta}")
+
+    def plan(self, grid: Grid) -> Plan:
+        noise = self.eta * _forward(grid)[1].sqrt() * grid.next_sigma / grid.sigma
+        down = (grid.next_sigma.square() - noise.square()).clamp(min=0).sqrt()
+        before, after = grid.sigma / grid.alpha, down / grid.next_alpha
+        halves = (after > 0) & torch.isfinite(before)
+        level = torch.where(halves, (before * after).sqrt(), 1.0)
+        (alpha, sigma), time = grid.schedule.of_ratio(level), grid.schedule.time(level)
+        # to the middle, or of a step that has none to its end
+        keep = torch.where(halves, sigma, down) / grid.sigma
+        signal = torch.where(halves, alpha, grid.next_alpha) - grid.alpha * keep
+        first = torch.stack([keep, signal, torch.where(halves, 0.0, noise), torch.zeros_like(level)], 1)
+        # the slope there, on top of where the step began: what led to the middle is known, and subtracted
+        back = grid.next_alpha / level
+        second = torch.stack([down / sigma, back * (before - after), noise, back * (level - before)], 1)
+        done = _interleave(torch.ones_like(halves), halves)
+        return Plan(
+            _interleave(grid.time, time)[done],
+            torch.cat([_interleave(grid.alpha, alpha)[done], grid.next_alpha[-1:]]),
+            torch.cat([_interleave(grid.sigma, sigma)[done], grid.next_sigma[-1:]]),
+            _interleave(first, second)[done],
         )
 
 
@@ -747,6 +786,8 @@ SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
     "euler_ancestral": (EulerAncestral, {}),
     "heun": (Heun, {}),
     "edm": (Heun, {"churn": 40.0, "churn_min": 0.05, "churn_max": 50.0, "churn_noise": 1.003}),
+    "dpm2": (DPM2, {}),
+    "dpm2_ancestral": (DPM2, {"eta": 1.0}),
     "lms": (LMS, {}),
     "pc": (PredictorCorrector, {}),
     "dpmpp_2m": (DPMSolver, {}),

@@ -468,6 +468,8 @@ class ChainScheduler(Scheduler):
         "DPMSolverSinglestepScheduler",
         "DEISMultistepScheduler",
         "UniPCMultistepScheduler",
+        "KDPM2DiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
         "EDMEulerScheduler",
     ]
     init_noise_sigma: Any = 1.0

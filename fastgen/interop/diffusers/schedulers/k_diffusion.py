@@ -1,4 +1,4 @@
-"""The schedulers of k-diffusion: Euler's method, Heun's and linear multistep, on samples x / alpha."""
+"""The schedulers of k-diffusion: the methods of Euler and Heun, the midpoint method and linear multistep, on x / alpha."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastgen.diffusion.samplers import LMS, Euler, EulerAncestral, Heun, Plan, Sampler
+from fastgen.diffusion.samplers import DPM2, LMS, Euler, EulerAncestral, Heun, Plan, Sampler
 from fastgen.diffusion.schedules import Grid, noise_levels
 from fastgen.interop.diffusers.config import recorded
 from fastgen.interop.diffusers.scheduler import Betas, ChainScheduler, Device, Generators, Scheduler
@@ -20,6 +20,8 @@ __all__ = [
     "HeunDiscreteScheduler",
     "InLevels",
     "InPairs",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
     "LMSDiscreteScheduler",
     "churned",
 ]
@@ -222,7 +224,7 @@ class EulerAncestralDiscreteScheduler(InLevels):
 
 
 class InPairs(Scheduler):
-    """Heun's method of second order: each time but the first comes twice in ``timesteps``."""
+    """Methods of two evaluations a step, but one for the last."""
 
     order = 2
 
@@ -286,6 +288,98 @@ class HeunDiscreteScheduler(InPairs, InLevels):
         given = self._arguments
         clamp = given["clip_sample_range"] if given["clip_sample"] else None
         return self._step(model_output, timestep, sample, clamp=clamp, return_dict=return_dict)
+
+
+class _Midpoint(InPairs, InLevels):
+    """The midpoint method: between each two times stands that of the middle in log(sigma / alpha), as a float32.
+
+    As upstream ``sigmas``, and what ``add_noise`` adds at the time of a middle, are those of the step's end.
+    """
+
+    _eta: ClassVar[float] = 0.0
+
+    def _sampler(self) -> Sampler:
+        return DPM2(self._eta)
+
+    def _times(self) -> Tensor:
+        time = self._middles.time
+        if self._arguments["use_karras_sigmas"]:
+            time[::2] = time[::2].round()
+        return time
+
+    def _visit(self, grid: Grid) -> None:
+        super()._visit(grid)
+        self._middles = self._plan(grid)
+
+    def _level(self) -> None:
+        super()._level()
+        self.sigmas = torch.cat([self.sigmas, self.sigmas[-1:], self.sigmas[-1:]])
+        self._scales = self._middles.alpha.tolist()
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None, num_train_timesteps: int | None = None) -> None:
+        """Lay out this many steps. ``num_train_timesteps`` can only be the scheduler's own."""
+        if num_train_timesteps not in (None, self._arguments["num_train_timesteps"]):
+            raise ValueError(f"num_train_timesteps={num_train_timesteps} is not supported in set_timesteps")
+        self._set_timesteps(num_inference_steps, device)
+
+
+class KDPM2DiscreteScheduler(_Midpoint):
+    """The midpoint method of second order: DPM-Solver-2, on even steps Karras et al. (2022)'s with alpha = 1 / 2."""
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "linear",
+        trained_betas: Betas = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+    ) -> None:
+        self._build()
+
+    def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
+        """The next evaluation's step: ``prev_sample`` and ``pred_original_sample``."""
+        return self._step(model_output, timestep, sample, return_dict=return_dict)
+
+
+class KDPM2AncestralDiscreteScheduler(_Midpoint):
+    """The midpoint method down to less noise than wanted, and noise up again."""
+
+    _eta = 1.0
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "linear",
+        trained_betas: Betas = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+    ) -> None:
+        self._build()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The next evaluation's step: ``prev_sample`` and ``pred_original_sample``."""
+        return self._step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
 
 
 class LMSDiscreteScheduler(InLevels):
