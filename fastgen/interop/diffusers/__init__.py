@@ -3,7 +3,7 @@ place of its own. diffusers itself is not needed."""
 
 from typing import NoReturn
 
-from fastgen.interop.diffusers.schedulers.chain import DDIMScheduler, DDPMScheduler
+from fastgen.interop.diffusers.schedulers.chain import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 from fastgen.interop.diffusers.schedulers.consistency import LCMScheduler, TCDScheduler
 from fastgen.interop.diffusers.schedulers.edm import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from fastgen.interop.diffusers.schedulers.flow import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
@@ -25,6 +25,7 @@ from fastgen.interop.diffusers.schedulers.solvers import (
 from fastgen.interop.diffusers.weights import load, load_autoencoder_kl, load_unet
 
 __all__ = [
+    "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastgen.diffusion.samplers import DDIM, DDPM, Layout, Plan, Sampler
+from fastgen.diffusion.samplers import DDIM, DDPM, Consistency, Layout, Plan, Sampler
 from fastgen.diffusion.schedules import Grid
 from fastgen.interop.diffusers.config import recorded
 from fastgen.interop.diffusers.scheduler import Betas, ChainScheduler, Device, Generators
 
-__all__ = ["DDIMScheduler", "DDPMScheduler", "InOrder", "WholeChain"]
+__all__ = ["DDIMInverseScheduler", "DDIMScheduler", "DDPMScheduler", "InOrder", "WholeChain"]
 
 
 class WholeChain(ChainScheduler):
@@ -22,6 +22,10 @@ class WholeChain(ChainScheduler):
 
     whole_times: ClassVar[bool] = True
     finite_levels: ClassVar[bool] = False
+
+    def _end(self) -> tuple[float, float]:
+        bar = 1.0 if self._arguments.get("set_alpha_to_one", True) else float(self._schedule.alphas_cumprod[0])
+        return math.sqrt(bar), math.sqrt(1 - bar)
 
     def _clamp(self) -> float | None:
         return self._arguments["clip_sample_range"] if self._arguments["clip_sample"] else None
@@ -130,6 +134,14 @@ class DDPMScheduler(InOrder):
         )
 
 
+def _as_predicted(estimate: Tensor, given: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """Rows to alpha x0 + sigma eps, with the noise as it is predicted, whatever clipping does to the estimate: the prediction
+    stands in for a history of one."""
+    a, b, c, d = given.unbind(1)
+    amount = sigma / (a * d - b * c)
+    return torch.cat([estimate, torch.stack([-c * amount, alpha, noise, a * amount], 1)], 1)
+
+
 class DDIMScheduler(WholeChain):
     """Implicit sampling (Song et al., 2021).
 
@@ -167,10 +179,6 @@ class DDIMScheduler(WholeChain):
         self._build()
         self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
 
-    def _end(self) -> tuple[float, float]:
-        bar = 1.0 if self._arguments["set_alpha_to_one"] else float(self._schedule.alphas_cumprod[0])
-        return math.sqrt(bar), math.sqrt(1 - bar)
-
     def _sampler(self, eta: float, unclipped: bool) -> Sampler:
         return DDIM(eta)
 
@@ -183,13 +191,9 @@ class DDIMScheduler(WholeChain):
     def _finished(self, rows: Tensor, plan: Plan, options: tuple[Any, ...]) -> Tensor:
         if not options[1]:
             return rows
-        # the direction is that of the noise as predicted, whatever clipping did to the estimate: the prediction stands in
-        # for a history of one
         alpha, sigma = plan.alpha[:-1], plan.sigma[:-1]
-        a, b, c, d = self._target(alpha, sigma).unbind(1)
-        p, q, keep, signal, noise = rows.unbind(1)
-        amount = keep * sigma / (a * d - b * c)
-        return torch.stack([p, q, -c * amount, signal + keep * alpha, noise, a * amount], 1)
+        keep, signal, noise = rows[:, 2:].unbind(1)
+        return _as_predicted(rows[:, :2], self._target(alpha, sigma), signal + keep * alpha, keep * sigma, noise)
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
         """Lay out this many steps."""
@@ -231,3 +235,60 @@ class DDIMScheduler(WholeChain):
             beside=model_output if unclipped else None,
             return_dict=return_dict,
         )
+
+
+class DDIMInverseScheduler(WholeChain):
+    """Implicit sampling from the data to the noise (Song et al., 2021; Dhariwal and Nichol, 2021): each step goes to its own
+    time, from ``num_train_timesteps // num_inference_steps`` before it, with the prediction of the noise there.
+
+    Attributes:
+        initial_alpha_cumprod: alpha^2 of what the first step goes from.
+    """
+
+    layout: Layout = "stride"
+    by_counter: ClassVar[bool] = False
+    spacings = ("leading", "trailing")
+    _compatibles: ClassVar[list[str]] = []
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Betas = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        clip_sample_range: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        if prediction_type == "sample" and set_alpha_to_one:
+            raise ValueError("prediction_type='sample' needs set_alpha_to_one=False: it does not tell the noise of the data")
+        self._build()
+        self.initial_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+
+    def _sampler(self) -> Sampler:
+        return Consistency()
+
+    def _visit(self, grid: Grid) -> None:
+        back = grid.time, grid.next_alpha, grid.next_sigma, grid.time, grid.alpha, grid.sigma
+        super()._visit(Grid(grid.schedule, *(values.flip(0) for values in back)))
+
+    def _finished(self, rows: Tensor, plan: Plan, options: tuple[Any, ...]) -> Tensor:
+        alpha, sigma = rows[:, 3:].unbind(1)
+        given = self._target(plan.alpha[:-1], plan.sigma[:-1])
+        return _as_predicted(rows[:, :2], given, alpha, sigma, torch.zeros_like(sigma))
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
+        """Lay out this many steps."""
+        self._set_timesteps(num_inference_steps, device)
+
+    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
+        """To ``timestep`` from the one before: ``prev_sample``, which is the noisier, and ``pred_original_sample``."""
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        return self._step(model_output, timestep, sample, clamp=self._clamp(), beside=model_output, return_dict=return_dict)
