@@ -142,6 +142,8 @@ CASES = [
     ("DDIMInverseScheduler", {**SD, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
     ("DDIMInverseScheduler", {**V, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "clip_sample_range": 0.3}),
     ("DDIMInverseScheduler", {**X0, "set_alpha_to_one": False, "beta_schedule": "squaredcos_cap_v2"}),
+    ("IPNDMScheduler", {}),
+    ("IPNDMScheduler", {"trained_betas": [1.0, 0.97, 0.8, 0.5, 0.3, 0.1, 0.0]}),
     ("KDPM2DiscreteScheduler", {}),
     ("KDPM2DiscreteScheduler", {**SD, **V, "use_karras_sigmas": True}),
     ("KDPM2DiscreteScheduler", {**SD, "timestep_spacing": "leading", "steps_offset": 1}),
@@ -592,6 +594,22 @@ def test_custom_times_and_levels():
     assert_alike(trajectory(mine, None), trajectory(theirs, None))
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("DDIMInverseScheduler", {"clip_sample": False, "timestep_spacing": "trailing", "num_train_timesteps": 900})],
+)
+def test_inverse_steps_lead_along_the_noise(name, config):
+    """With a network that knows the noise, from the data to the last of the times."""
+    data, noise = start(5), start(6)
+    scheduler = getattr(ours, name)(**config)
+    scheduler.set_timesteps(30)
+    x = data
+    for t in scheduler.timesteps:
+        x = scheduler.step(noise, t, x).prev_sample
+    bar = scheduler.alphas_cumprod[scheduler.timesteps[-1]].double()
+    torch.testing.assert_close(x, (bar.sqrt() * data + (1 - bar).sqrt() * noise).float(), rtol=1e-5, atol=1e-5)
+
+
 def test_exact_steps_go_to_the_next_time():
     """diffusers' DDIM steps past the next of its own times; a network that knows the noise shows whose states are right."""
     data, evaluations = start(5), {}
@@ -731,7 +749,7 @@ def test_signatures_are_those_of_diffusers(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_configs_go_both_ways(name, tmp_path):
     theirs, mine = getattr(diffusers, name), getattr(ours, name)
-    given = {"num_train_timesteps": 500, **({} if name.startswith(("Flow", "EDM")) else SD)}
+    given = {"num_train_timesteps": 500, **({} if name.startswith(("Flow", "EDM", "IPNDM")) else SD)}
     there = theirs(**given)
     here = mine.from_config(there.config)
     back = theirs.from_config(here.config)
@@ -878,7 +896,7 @@ def test_unsupported_arguments_are_named(name, config, message):
 
 
 def test_a_scheduler_that_is_missing_is_named(tmp_path):
-    with pytest.raises(ImportError, match=r"fastgen has no KarrasVeScheduler; its schedulers .* are DDIMScheduler, "):
+    with pytest.raises(ImportError, match=r"fastgen has no KarrasVeScheduler; its schedulers .* are DDIMInverseScheduler, "):
         from fastgen.interop.diffusers import KarrasVeScheduler  # noqa: F401
     with pytest.raises(AttributeError, match="has no attribute 'load_vae'"):
         ours.load_vae  # noqa: B018

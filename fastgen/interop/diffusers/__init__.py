@@ -15,7 +15,7 @@ from fastgen.interop.diffusers.schedulers.k_diffusion import (
     KDPM2DiscreteScheduler,
     LMSDiscreteScheduler,
 )
-from fastgen.interop.diffusers.schedulers.pndm import PNDMScheduler
+from fastgen.interop.diffusers.schedulers.pndm import IPNDMScheduler, PNDMScheduler
 from fastgen.interop.diffusers.schedulers.solvers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
@@ -38,6 +38,7 @@ __all__ = [
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "HeunDiscreteScheduler",
+    "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "LCMScheduler",

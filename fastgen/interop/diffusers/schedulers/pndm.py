@@ -1,4 +1,4 @@
-"""Pseudo linear multistep."""
+"""Pseudo linear multistep of order 4: along a chain, and along a quarter circle."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastgen.diffusion.samplers import Plan
-from fastgen.diffusion.schedules import Grid
+from fastgen.diffusion.schedules import Cosine, Grid, target_rows
 from fastgen.interop.diffusers.config import recorded
-from fastgen.interop.diffusers.scheduler import Betas, ChainScheduler, Device
+from fastgen.interop.diffusers.scheduler import Betas, ChainScheduler, Device, Scheduler
 
-__all__ = ["ADAMS_BASHFORTH", "PNDMScheduler"]
+__all__ = ["IPNDMScheduler", "PNDMScheduler"]
 
 
 class PNDMScheduler(ChainScheduler):
@@ -85,7 +85,7 @@ class PNDMScheduler(ChainScheduler):
                 moves.append((time[1] + self._stride, time[1], False, {0: 0.5, 1: 0.5}))
                 continue
             kept = [i, *kept][:4]
-            moves.append((time[i], time[i] - self._stride, True, dict(zip(kept, ADAMS_BASHFORTH[len(kept)], strict=True))))
+            moves.append((time[i], time[i] - self._stride, True, dict(zip(kept, _ADAMS_BASHFORTH[len(kept)], strict=True))))
         return moves
 
     def _plan(self, grid: Grid) -> Plan:
@@ -133,10 +133,63 @@ class PNDMScheduler(ChainScheduler):
         return self._diffused(original_samples, noise, self._chain_rows(original_samples, timesteps))
 
 
-ADAMS_BASHFORTH = {
+_ADAMS_BASHFORTH = {
     1: (1.0,),
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 }
 """Weights of the last slopes, newest first, in even steps."""
+
+
+class IPNDMScheduler(Scheduler):
+    """Pseudo linear multistep of order 4 on the noise (Liu et al., 2022) along alpha^2 + sigma^2 = 1, the first steps of as
+    much as there is; for networks that predict v and are told 2 / pi of the angle, 0 to 1.
+
+    Attributes:
+        betas, alphas: sigma and alpha at each of ``timesteps`` and at the end, float32 on the CPU, with diffusers' bits.
+    """
+
+    gives_estimate: ClassVar[bool] = False
+    init_noise_sigma: ClassVar[float] = 1.0
+
+    @recorded
+    def __init__(self, num_train_timesteps: int = 1000, trained_betas: Betas = None) -> None:
+        self._schedule = Cosine()
+        self.set_timesteps(num_train_timesteps)
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
+        """Lay out this many steps: sigma from 1 to 0 as sin^2; or, with ``trained_betas``, those."""
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        given = self._arguments["trained_betas"]
+        if given is None:
+            falling = torch.linspace(1, 0, num_inference_steps + 1)
+            self.betas = torch.sin(falling * math.pi / 2) ** 2
+        else:
+            self.betas = torch.as_tensor(given, dtype=torch.float32)
+        self.alphas = (1.0 - self.betas**2) ** 0.5
+        time = torch.atan2(self.betas, self.alphas) / math.pi * 2
+        self._visit(Grid.through(self._schedule, time.double(), self.alphas.double(), self.betas.double()))
+        self._publish(time[:-1], device)
+        self.num_inference_steps = num_inference_steps
+        self._rows(torch.empty(0, device=device), ())
+
+    def _target(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return target_rows("v", alpha, sigma)
+
+    def _plan(self, grid: Grid) -> Plan:
+        # without any data the state is the noise, and what is predicted adds nothing
+        keep = torch.where(grid.alpha > 0, grid.next_alpha / grid.alpha, 0.0)
+        gain = grid.next_sigma - keep * grid.sigma
+        weights = torch.zeros(len(gain), 4, dtype=torch.float64)
+        for i, row in enumerate(weights):
+            order = min(i + 1, 4)
+            row[:order] = gain[i] * torch.tensor(_ADAMS_BASHFORTH[order], dtype=torch.float64)
+        rows = torch.cat([keep[:, None], weights[:, :1], torch.zeros_like(weights[:, :1]), weights[:, 1:]], 1)
+        alphas, sigmas = (values[-len(gain) - 1 :] for values in self._points())
+        return Plan(grid.time, alphas, sigmas, rows, of="noise")
+
+    def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
+        """The next step: ``prev_sample``."""
+        return self._step(model_output, timestep, sample, return_dict=return_dict)
