@@ -18,6 +18,7 @@ from fastgen.interop.diffusers.schedulers.k_diffusion import (
 from fastgen.interop.diffusers.schedulers.pndm import IPNDMScheduler, PNDMScheduler
 from fastgen.interop.diffusers.schedulers.solvers import (
     DEISMultistepScheduler,
+    DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     UniPCMultistepScheduler,
@@ -29,6 +30,7 @@ __all__ = [
     "DDIMScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
     "EDMDPMSolverMultistepScheduler",

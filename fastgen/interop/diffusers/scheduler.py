@@ -474,6 +474,8 @@ class ChainScheduler(Scheduler):
     ]
     init_noise_sigma: Any = 1.0
     spacings: ClassVar[tuple[str, ...]] = ("leading", "linspace", "trailing")
+    rising: ClassVar[bool] = False
+    """Whether steps go from the data to the noise."""
     finite_levels: ClassVar[bool] = True
     """Whether a chain without signal at its end gets as much as makes sigma / alpha 4096, as upstream."""
     _schedule: Discrete
@@ -503,7 +505,8 @@ class ChainScheduler(Scheduler):
         self.alphas_cumprod = self._schedule.alphas_cumprod.float()
         self._levels_kind()
         self._full_rows: dict[tuple[torch.device, bool], Tensor] = {}
-        self._lay_out(range(self._schedule.steps - 1, -1, -1), None, levels=None)
+        times = range(self._schedule.steps)
+        self._lay_out(times if self.rising else times[::-1], None, levels=None)
 
     @property
     def _spacing(self) -> Any:
@@ -549,6 +552,7 @@ class ChainScheduler(Scheduler):
             low=self.config.get("sigma_min"),
             high=self.config.get("sigma_max"),
             end=self._end(),
+            rising=self.rising,
         )
         self._visit(grid)
         self._publish(self._times(), device)

@@ -18,6 +18,7 @@ from fastgen.interop.diffusers.schedulers.flow import ending_at, shifted
 
 __all__ = [
     "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
     "Multistep",
@@ -92,7 +93,7 @@ class _DPMSolver(Multistep, _Solver):
             raise ValueError(f"solver_order must be 1, 2 or 3, got {order}")
         if solver not in ("midpoint", "heun", "logrho", "bh1", "bh2"):
             raise ValueError(f"solver_type must be 'midpoint' or 'heun', got {solver!r}")
-        if not self._algorithm.endswith("++") and given["final_sigmas_type"] == "zero":
+        if not self._algorithm.endswith("++") and given.get("final_sigmas_type") == "zero":
             raise ValueError(f"algorithm_type={kind!r} needs final_sigmas_type='sigma_min', got 'zero'")
 
     @property
@@ -148,8 +149,8 @@ class DPMSolverMultistepScheduler(_DPMSolver):
     has it, which is not quite of that order (:class:`fastgen.diffusion.samplers.DPMSolver` is)."""
 
     narrow = True
-    noise_dtype = torch.float32
-    unsupported = ("time_shift_type",)
+    noise_dtype: ClassVar[torch.dtype | None] = torch.float32
+    unsupported: ClassVar[tuple[str, ...]] = ("time_shift_type",)
     _algorithms = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
 
     @recorded
@@ -226,6 +227,73 @@ class DPMSolverMultistepScheduler(_DPMSolver):
         model_output = self._mean(model_output, sample)
         noise = variance_noise if self._stochastic else None
         return self._step(model_output, timestep, sample, generator=generator, noise=noise, return_dict=return_dict)
+
+
+class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
+    """DPM-Solver++ and DPM-Solver from the data to the noise, multistep, of order 1 to 3.
+
+    As upstream a time that spaced levels have more than once is visited once, by the level that is next in turn, the last of
+    these steps goes nowhere, and flow sigmas lead to the data all the same.
+    """
+
+    narrow = False
+    noise_dtype = None
+    rising = True
+    unsupported = ()
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Betas = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint",
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        lambda_min_clipped: float = -float("inf"),
+        variance_type: str | None = None,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+    ) -> None:
+        self._check()
+        if self._stochastic and not use_flow_sigmas:
+            raise ValueError(f"algorithm_type={algorithm_type!r} has no way from the data to the noise, only to the data")
+        self._build()
+
+    def _rounds(self) -> bool:
+        return bool(self._arguments["use_karras_sigmas"])
+
+    def _last_of_flow(self, sigma: Tensor) -> float:
+        return float(sigma[-1])
+
+    def _lay_out(self, *args: Any, **kwargs: Any) -> None:
+        super()._lay_out(*args, **kwargs)
+        times = self._times().tolist()
+        kept = list(dict.fromkeys(times))
+        if len(kept) < len(times):
+            sigmas, device = self.sigmas, self.timesteps.device
+            self._visit(Grid(self._grid.schedule, *(values[: len(kept)] for values in self._grid[1:])))
+            self._publish(torch.tensor(kept, dtype=torch.float64), device)
+            self._level()
+            self.sigmas = sigmas
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:  # type: ignore[override]
+        """Lay out this many steps."""
+        self._lay(num_inference_steps, device, None)
+        self.num_inference_steps = len(self.timesteps)
 
 
 class DPMSolverSinglestepScheduler(_DPMSolver):
