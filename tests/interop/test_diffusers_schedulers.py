@@ -142,6 +142,9 @@ CASES = [
     ("DDIMInverseScheduler", {**SD, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
     ("DDIMInverseScheduler", {**V, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "clip_sample_range": 0.3}),
     ("DDIMInverseScheduler", {**X0, "set_alpha_to_one": False, "beta_schedule": "squaredcos_cap_v2"}),
+    ("FlowMatchLCMScheduler", {}),
+    ("FlowMatchLCMScheduler", {"shift": 3.0, "shift_terminal": 0.1, "use_beta_sigmas": True}),
+    ("FlowMatchLCMScheduler", {"invert_sigmas": True}),
     ("DPMSolverMultistepInverseScheduler", {}),
     ("DPMSolverMultistepInverseScheduler", {**SD, **V, "solver_order": 3, "timestep_spacing": "leading", "steps_offset": 1}),
     ("DPMSolverMultistepInverseScheduler", {**SD, "use_karras_sigmas": True}),
@@ -333,6 +336,32 @@ def test_heun_of_a_flow_with_churn():
     assert_alike(got, trajectory(theirs, 20, evaluate, **churn))
     assert (trajectory(mine, 20, evaluate)[-1] - got[-1]).abs().max() > 0.01
     assert mine.state_in_first_order is theirs.state_in_first_order is False
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_sizes_that_grow_along_a_flow(kind):
+    theirs, mine = both("FlowMatchLCMScheduler", shift=2.0, scale_factors=[1.0, 1.5, 2.0])
+    pair = []
+    for scheduler in (mine, theirs):
+        for mode in ("bicubic", "nearest"):
+            scheduler.set_scale_factors([1.0, 1.5, 2.0], mode)
+            scheduler.set_timesteps(4)
+            x, generator, seen = start().to(kind), torch.Generator().manual_seed(1), []
+            for t in scheduler.timesteps:
+                x = scheduler.step(torch.tanh(x + t / 1000), t, x, generator=generator).prev_sample
+                seen.append(x)
+            pair.append(seen)
+    assert [tuple(x.shape[2:]) for x in pair[0]] == [(4, 4), (6, 6), (8, 8), (8, 8)]
+    for got, expected in ((pair[0], pair[2]), (pair[1], pair[3])):
+        if kind is torch.float32:
+            assert_alike(got, expected)
+        else:
+            for a, b in zip(got, expected, strict=True):
+                assert a.dtype is b.dtype is kind
+                torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2)
+    mine.set_timesteps(3)
+    with pytest.raises(ValueError, match="3 steps need one factor less in scale_factors, got 3"):
+        mine.step(x, mine.timesteps[0], x)
 
 
 def test_shifts_of_flows():

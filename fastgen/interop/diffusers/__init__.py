@@ -6,7 +6,11 @@ from typing import NoReturn
 from fastgen.interop.diffusers.schedulers.chain import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 from fastgen.interop.diffusers.schedulers.consistency import LCMScheduler, TCDScheduler
 from fastgen.interop.diffusers.schedulers.edm import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
-from fastgen.interop.diffusers.schedulers.flow import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from fastgen.interop.diffusers.schedulers.flow import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+)
 from fastgen.interop.diffusers.schedulers.k_diffusion import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -39,6 +43,7 @@ __all__ = [
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
     "HeunDiscreteScheduler",
     "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",

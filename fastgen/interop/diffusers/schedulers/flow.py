@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from fastgen import ops, random
 from fastgen.diffusion.samplers import Consistency, Euler, Plan, Sampler, mirrored, on_noise
-from fastgen.diffusion.schedules import Flow, Grid, noise_levels, target_rows
+from fastgen.diffusion.schedules import Flow, Grid, Levels, noise_levels, target_rows
 from fastgen.interop.diffusers.config import recorded
 from fastgen.interop.diffusers.scheduler import Device, Generators, Scheduler, SchedulerOutput, drawn
 from fastgen.interop.diffusers.schedulers.k_diffusion import InPairs, churned
 
-__all__ = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "ending_at", "shifted"]
+__all__ = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "ending_at", "shifted"]
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
@@ -62,10 +62,8 @@ class _FlowMatch(Scheduler):
         return self._noised(sample, timestep, noise)
 
 
-class FlowMatchEulerDiscreteScheduler(_FlowMatch):
-    """Euler's method along a flow x = (1 - sigma) x0 + sigma eps, whose network predicts eps - x0.
-
-    With ``invert_sigmas`` it goes the other way, from sigma 0 to 1: its network tells time from the data on.
+class _Shifted(_FlowMatch):
+    """Levels that are shifted, stretched or spaced as the config says.
 
     Attributes:
         sigmas: with the 0 (inverted the 1) at the end, on the device of ``timesteps`` = ``num_train_timesteps`` sigma.
@@ -73,34 +71,18 @@ class FlowMatchEulerDiscreteScheduler(_FlowMatch):
 
     noise_dtype = torch.float32
 
-    @recorded
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        shift: float = 1.0,
-        use_dynamic_shifting: bool = False,
-        base_shift: float | None = 0.5,
-        max_shift: float | None = 1.15,
-        base_image_seq_len: int = 256,
-        max_image_seq_len: int = 4096,
-        invert_sigmas: bool = False,
-        shift_terminal: float | None = None,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        time_shift_type: str = "exponential",
-        stochastic_sampling: bool = False,
-    ) -> None:
-        chosen = {"karras": use_karras_sigmas, "exponential": use_exponential_sigmas, "beta": use_beta_sigmas}
-        kinds = [kind for kind, on in chosen.items() if on]
+    def _build(self) -> None:
+        given = self._arguments
+        kinds = [kind for kind in get_args(Levels) if given[f"use_{kind}_sigmas"]]
         if len(kinds) > 1:
             raise ValueError(f"only one of {' and '.join(f'use_{kind}_sigmas' for kind in kinds)} can be used")
-        self._kind: Any = kinds[0] if kinds else None
-        if time_shift_type not in ("exponential", "linear"):
-            raise ValueError(f"time_shift_type must be 'exponential' or 'linear', got {time_shift_type!r}")
-        self._shift = float(shift)
-        sigma = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64) / num_train_timesteps
-        self._start_from(sigma if use_dynamic_shifting else shifted(sigma, self._shift))
+        self._kind: Levels | None = kinds[0] if kinds else None
+        if given["time_shift_type"] not in ("exponential", "linear"):
+            raise ValueError(f"time_shift_type must be 'exponential' or 'linear', got {given['time_shift_type']!r}")
+        self._shift = float(given["shift"])
+        total = given["num_train_timesteps"]
+        sigma = torch.arange(total, 0, -1, dtype=torch.float64) / total
+        self._start_from(sigma if given["use_dynamic_shifting"] else shifted(sigma, self._shift))
 
     @property
     def shift(self) -> float:
@@ -110,18 +92,6 @@ class FlowMatchEulerDiscreteScheduler(_FlowMatch):
     def set_shift(self, shift: float) -> None:
         """Another shift, for the next :meth:`set_timesteps`."""
         self._shift = float(shift)
-
-    def _sampler(self) -> Sampler:
-        return Consistency() if self._arguments["stochastic_sampling"] else Euler()
-
-    def _plan(self, grid: Grid) -> Plan:
-        sampler = self._sampler()
-        if self._arguments["invert_sigmas"] and isinstance(sampler, Euler):
-            return on_noise(sampler.plan(mirrored(grid)))  # from sigma = 0 there is no slope towards the noise
-        return sampler.plan(grid)
-
-    def _draws(self, index: int) -> bool:
-        return bool(self._arguments["stochastic_sampling"])  # in the last step too, which uses none
 
     def set_timesteps(
         self,
@@ -162,6 +132,45 @@ class FlowMatchEulerDiscreteScheduler(_FlowMatch):
             sigma = noise_levels(self._kind, count, float(sigma[-1]), float(sigma[0]))
         self._take(sigma.clamp(max=1.0), told, device, given["invert_sigmas"])
         self.num_inference_steps = count
+
+
+class FlowMatchEulerDiscreteScheduler(_Shifted):
+    """Euler's method along a flow x = (1 - sigma) x0 + sigma eps, whose network predicts eps - x0.
+
+    With ``invert_sigmas`` it goes the other way, from sigma 0 to 1: its network tells time from the data on.
+    """
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        invert_sigmas: bool = False,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        time_shift_type: str = "exponential",
+        stochastic_sampling: bool = False,
+    ) -> None:
+        self._build()
+
+    def _sampler(self) -> Sampler:
+        return Consistency() if self._arguments["stochastic_sampling"] else Euler()
+
+    def _plan(self, grid: Grid) -> Plan:
+        sampler = self._sampler()
+        if self._arguments["invert_sigmas"] and isinstance(sampler, Euler):
+            return on_noise(sampler.plan(mirrored(grid)))  # from sigma = 0 there is no slope towards the noise
+        return sampler.plan(grid)
+
+    def _draws(self, index: int) -> bool:
+        return bool(self._arguments["stochastic_sampling"])  # in the last step too, which uses none
 
     def step(
         self,
@@ -213,6 +222,88 @@ class FlowMatchEulerDiscreteScheduler(_FlowMatch):
         wide = torch.promote_types(sample.dtype, torch.float32)
         stepped = ops.denoise(tokens, outputs, rows.to(wide), key, noise=noise, return_x0=False).x_next
         return stepped.view_as(sample)
+
+
+class FlowMatchLCMScheduler(_Shifted):
+    """The estimate of the data with fresh noise along a flow, for networks that are distilled to few steps; with
+    ``scale_factors`` from small samples to large ones (Starodubcev et al., 2025, "Scale-wise distillation").
+
+    Args:
+        scale_factors: after each step but the last, the size of the sample over that of the first; None: it stays.
+        upscale_mode: how estimates are resized, a mode of :func:`torch.nn.functional.interpolate`.
+    """
+
+    _scale_factors: Sequence[float] | None
+    _upscale_mode: str | None
+    _first_size: torch.Size
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        invert_sigmas: bool = False,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool | None = False,
+        use_exponential_sigmas: bool | None = False,
+        use_beta_sigmas: bool | None = False,
+        time_shift_type: str = "exponential",
+        scale_factors: list[float] | None = None,
+        upscale_mode: str = "bicubic",
+    ) -> None:
+        self.set_scale_factors(scale_factors, upscale_mode)
+        self._build()
+
+    def set_scale_factors(self, scale_factors: Sequence[float] | None, upscale_mode: str | None) -> None:
+        """Other sizes, from now on."""
+        self._scale_factors, self._upscale_mode = scale_factors, upscale_mode
+
+    def _default_options(self) -> tuple[Any, ...]:
+        return (False,)
+
+    def _plan(self, grid: Grid, known: bool) -> Plan:
+        return Consistency().plan(grid)
+
+    def _finished(self, rows: Tensor, plan: Plan, options: tuple[Any, ...]) -> Tensor:
+        if options == (False,):
+            return rows
+        # the estimate is known, and stands in for the output
+        return torch.cat([torch.zeros_like(rows[:, :1]), torch.ones_like(rows[:, :1]), rows[:, 2:]], 1)
+
+    def _draws(self, index: int) -> bool:
+        return True  # in the last step too, which uses none
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The next step: ``prev_sample``, of the next size."""
+        factors = self._scale_factors if self._upscale_mode else None
+        if not factors:
+            options = self._default_options()
+            return self._step(model_output, timestep, sample, options=options, generator=generator, return_dict=return_dict)
+        if len(factors) + 1 != len(self.timesteps):
+            raise ValueError(f"{len(self.timesteps)} steps need one factor less in scale_factors, got {len(factors)}")
+        if self._step_index is None:
+            self._first_size = model_output.shape[2:]
+        index = self._position(timestep)
+        known = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        table = self._rows(known, self._default_options())
+        known = ops.denoise(known, model_output, table.estimating[index - self._start], table.quiet, return_x0=False).x_next
+        if index < len(factors):
+            size = [round(factors[index] * length) for length in self._first_size]
+            known = torch.nn.functional.interpolate(known, size=size, mode=self._upscale_mode)  # type: ignore[arg-type]
+        out = self._step(known, timestep, known, options=(True,), generator=generator).prev_sample.to(model_output.dtype)
+        return SchedulerOutput(out) if return_dict else (out,)
 
 
 class FlowMatchHeunDiscreteScheduler(InPairs, _FlowMatch):
