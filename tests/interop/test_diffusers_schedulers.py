@@ -142,6 +142,8 @@ CASES = [
     ("DDIMInverseScheduler", {**SD, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
     ("DDIMInverseScheduler", {**V, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "clip_sample_range": 0.3}),
     ("DDIMInverseScheduler", {**X0, "set_alpha_to_one": False, "beta_schedule": "squaredcos_cap_v2"}),
+    ("DDIMParallelScheduler", {**SD, "clip_sample": False, "steps_offset": 1}),
+    ("DDPMParallelScheduler", {**V, "timestep_spacing": "trailing"}),
     ("FlowMatchLCMScheduler", {}),
     ("FlowMatchLCMScheduler", {"shift": 3.0, "shift_terminal": 0.1, "use_beta_sigmas": True}),
     ("FlowMatchLCMScheduler", {"invert_sigmas": True}),
@@ -543,6 +545,41 @@ def test_errors_of_distilled_steps():
     tcd.set_timesteps(4)
     with pytest.raises(ValueError, match=r"eta must be in 0 \.\. 1, got 1.5"):
         tcd.step(start(), 999, start(), eta=1.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "options"),
+    [
+        ("DDIMParallelScheduler", {"clip_sample_range": 0.3}, {}),
+        ("DDIMParallelScheduler", {"clip_sample_range": 0.3}, {"use_clipped_model_output": True}),
+        ("DDIMParallelScheduler", {**SD, **V, "clip_sample": False, "set_alpha_to_one": False}, {}),
+        ("DDIMParallelScheduler", {**X0, "thresholding": True, "sample_max_value": 1.5}, {}),
+        ("DDPMParallelScheduler", {"clip_sample_range": 0.3}, {}),
+        ("DDPMParallelScheduler", {**V, "variance_type": "learned_range", "thresholding": True}, {}),
+        ("DDPMParallelScheduler", {**X0, "variance_type": "fixed_large", "timestep_spacing": "trailing"}, {}),
+    ],
+)
+def test_steps_in_parallel(name, config, options):
+    theirs, mine = both(name, **config)
+    widened(theirs, mine)
+    x, out, times = start().double(), start(1).double(), torch.tensor([999, 600, 20, 5])
+    if config.get("variance_type") == "learned_range":
+        out = torch.cat([out, out.sin()], 1)
+    for steps in (50, 7):
+        for scheduler in (theirs, mine):
+            scheduler.set_timesteps(steps)
+        got, expected = (s.batch_step_no_noise(out, times, x, **options) for s in (mine, theirs))
+        assert_alike([got], [expected])
+        if config.get("variance_type") != "learned_range":
+            for t in mine.timesteps:
+                got, expected = mine._get_variance(t), theirs._get_variance(t)
+                torch.testing.assert_close(got.double(), expected.double(), rtol=1e-4, atol=1e-6)
+        if name == "DDIMParallelScheduler":
+            alone = [mine.step(out[i : i + 1], t, x[i : i + 1], **options)[0] for i, t in enumerate(mine.timesteps[:4])]
+            assert_alike([mine.batch_step_no_noise(out, mine.timesteps[:4], x, **options)], [torch.cat(alone)])
+            with pytest.raises(ValueError, match=r"eta must be 0 in steps without noise, got 0\.5"):
+                mine.batch_step_no_noise(out, times, x, eta=0.5)
+    assert mine._is_ode_scheduler is theirs._is_ode_scheduler
 
 
 @pytest.mark.parametrize("stochastic", [False, True])

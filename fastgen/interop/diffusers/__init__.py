@@ -19,6 +19,7 @@ from fastgen.interop.diffusers.schedulers.k_diffusion import (
     KDPM2DiscreteScheduler,
     LMSDiscreteScheduler,
 )
+from fastgen.interop.diffusers.schedulers.parallel import DDIMParallelScheduler, DDPMParallelScheduler
 from fastgen.interop.diffusers.schedulers.pndm import IPNDMScheduler, PNDMScheduler
 from fastgen.interop.diffusers.schedulers.solvers import (
     DEISMultistepScheduler,
@@ -31,7 +32,9 @@ from fastgen.interop.diffusers.weights import load, load_autoencoder_kl, load_un
 
 __all__ = [
     "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
     "DDIMScheduler",
+    "DDPMParallelScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",

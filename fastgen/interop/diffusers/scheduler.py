@@ -347,7 +347,7 @@ class Scheduler(Configured):
 
         estimate, thresholds = model_output, self._thresholds
         if thresholds:
-            estimate, clamp = self._thresholded(sample, model_output, table, table.estimating[i]), None
+            estimate, clamp = self._thresholded(sample, model_output, table.quiet, table.estimating[i]), None
         history = slot = None
         if table.slots:
             if self._history is None:
@@ -394,10 +394,10 @@ class Scheduler(Configured):
             return self.output(out, x0 if later is None else later)
         return (out,) if x0 is None else (out, x0)
 
-    def _thresholded(self, sample: Tensor, model_output: Tensor, table: _Rows, row: Tensor) -> Tensor:
-        """The estimate of the data, thresholded."""
+    def _thresholded(self, sample: Tensor, model_output: Tensor, quiet: Tensor, rows: Tensor) -> Tensor:
+        """The estimate of the data that these rows give, thresholded."""
         given = self._arguments
-        estimate = ops.denoise(sample, model_output, row, table.quiet, return_x0=False).x_next
+        estimate = ops.denoise(sample, model_output, rows, quiet, return_x0=False).x_next
         return ops.dynamic_threshold(estimate, given["dynamic_thresholding_ratio"], max(1.0, given["sample_max_value"]))
 
     @staticmethod
