@@ -21,8 +21,8 @@ or the same in estimates of the noise or of the slope, so a sampler is a functio
 Sources: Ho et al. (2020), algorithm 2; Nichol and Dhariwal (2021), eq. 15; Song et al. (2021), "Denoising diffusion implicit
 models", eq. 12 and 16; Karras et al. (2022), algorithms 1 and 2; Lu et al. (2022), "DPM-Solver" and "DPM-Solver++", algorithm
 1 (single-step), 2 and its SDE form; Song et al. (2021), "Score-based generative modeling through stochastic differential
-equations", algorithms 2 to 5; Zhao et al. (2023), "UniPC", algorithms 5 to 8; Lugmayr et al. (2022), "RePaint"; Crowson
-(2022), k-diffusion (ancestral Euler, dpm_2, linear multistep).
+equations", algorithms 2 to 5; Zhao et al. (2023), "UniPC", algorithms 5 to 8; Xue et al. (2023), "SA-Solver"; Lugmayr et
+al. (2022), "RePaint"; Crowson (2022), k-diffusion (ancestral Euler, dpm_2, linear multistep).
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ __all__ = [
     "Layout",
     "Plan",
     "PredictorCorrector",
+    "SASolver",
     "Sampler",
     "UniPC",
     "block_differences",
@@ -737,6 +738,111 @@ class UniPC(Sampler):
         return _plan(grid, rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class SASolver(Sampler):
+    """Stochastic Adams method, predictor and corrector, of the SDE with ``tau`` times the noise of the reverse diffusion; one
+    evaluation a step.
+
+    Args:
+        order: of the predictor, 1 to 4.
+        corrector: order of the corrector, 1 to 4; 0 for none.
+        tau: 0 solves the probability flow, 1 the reverse diffusion.
+        lower_order_final: whether the orders fall to 1 and 2 over the last steps.
+        on: whether estimates of the "data" or of the "noise" are combined.
+    """
+
+    order: int = 2
+    corrector: int = 2
+    tau: float = 1.0
+    lower_order_final: bool = True
+    on: Estimate = "data"
+    layout: ClassVar[Layout] = "solver"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.order <= 4:
+            raise ValueError(f"order must be in 1 .. 4, got {self.order}")
+        if not 0 <= self.corrector <= 4:
+            raise ValueError(f"corrector must be in 0 .. 4, got {self.corrector}")
+        if not self.tau >= 0:
+            raise ValueError(f"tau must not be negative, got {self.tau}")
+        if self.on not in ("data", "noise"):
+            raise ValueError(f"on must be 'data' or 'noise', got {self.on!r}")
+
+    @property
+    def clamps(self) -> bool:
+        return self.on == "data"
+
+    def _integrals(self, places: list[float], low: float, high: float, tau: float, published: bool) -> list[float]:
+        """Of the Lagrange polynomials on the estimates' ``places`` in log(alpha / sigma), with the step's weight, over a step
+        from ``low`` to ``high``; to be multiplied by alpha or, on the noise, by -sigma."""
+        rate = 1 + tau**2
+        points, quadrature = _gauss_legendre(32)
+        at = low + 0.5 * (high - low) * (points + 1)
+        decay = np.exp(rate * (at - high) if self.on == "data" else high - at)
+        weight = 0.5 * (high - low) * rate * quadrature * decay
+        if published and self.on == "data" and len(places) == 2:
+            other = places[0] if places[1] == low else places[1]
+            slope = 0.5 * rate * (high - low) ** 2 / (other - low)
+            own = float(weight.sum()) - slope
+            return [own, slope] if places[0] == low else [slope, own]
+        return [float((weight * np.prod([(at - b) / (a - b) for b in places if b != a], axis=0)).sum()) for a in places]
+
+    def plan(self, grid: Grid) -> Plan:
+        return self.plan_of(grid, [self.tau] * len(grid.time))
+
+    def plan_of(self, grid: Grid, taus: Sequence[float], *, published: bool = False) -> Plan:
+        """The plan with a tau for each step.
+
+        Args:
+            grid: the steps.
+            taus: one for each.
+            published: whether a line through two estimates of the data is integrated as in the published code, which weighs its
+                slope as if nothing of it decayed.
+        """
+        _check_estimate(self.on, grid)
+        here = half_log_snr(grid.alpha, grid.sigma).tolist()
+        there = half_log_snr(grid.next_alpha, grid.next_sigma).tolist()
+        count, slots = len(here), max(self.order, self.corrector - 1)
+        rows = torch.zeros(count, 3 + slots, dtype=torch.float64)
+        correction = torch.zeros(slots + 1, dtype=torch.float64)  # of the state by the estimates, newest first
+        for i, (low, high, tau) in enumerate(zip(here, there, taus, strict=True)):
+            alpha, sigma = float(grid.next_alpha[i]), float(grid.next_sigma[i])
+            straight = sigma / float(grid.sigma[i]), alpha / max(float(grid.alpha[i]), 1e-300)
+            left = count - i if self.lower_order_final else count
+            past = [place for place in here[max(0, i - slots) : i + 1][::-1] if math.isfinite(place)]
+            predicted, corrected = torch.zeros(slots + 1, dtype=torch.float64), None
+            h = high - low
+            if not math.isfinite(h):
+                keep = 0.0 if tau and self.on == "data" else straight[self.on == "noise"]
+                own = alpha - keep * float(grid.alpha[i]) if self.on == "data" else sigma - keep * float(grid.sigma[i])
+                predicted[0], noise = own, sigma if tau and self.on == "data" else 0.0
+            else:
+                scale = alpha if self.on == "data" else -sigma
+                if self.on == "data":
+                    keep, noise = (
+                        math.exp(-(tau**2) * h) * straight[0],
+                        sigma * math.sqrt(max(0.0, -math.expm1(-2 * tau**2 * h))),
+                    )
+                else:
+                    keep, noise = straight[1], tau * sigma * math.sqrt(max(0.0, math.expm1(2 * h)))
+                places = past[: min(self.order, left)]
+                values = self._integrals(places, low, high, tau, published)
+                predicted[: len(places)] = scale * torch.tensor(values, dtype=torch.float64)
+                order = min(self.corrector, left + 1)
+                if order and h:
+                    places = [high, *past[: order - 1]]
+                    values = self._integrals(places, low, high, tau, published)
+                    corrected = torch.zeros(slots + 2, dtype=torch.float64)
+                    corrected[: len(places)] = scale * torch.tensor(values, dtype=torch.float64)
+            row = keep * correction + predicted
+            rows[i, 0], rows[i, 1], rows[i, 2], rows[i, 3:] = keep, row[0], noise, row[1:]
+            correction = torch.zeros_like(correction)
+            if corrected is not None:
+                correction = corrected[:-1].clone()
+                correction[1:] -= predicted[:-1]
+        return _plan(grid, rows, of=self.on)
+
+
 def resampled(plan: Plan, times: int, jump: int) -> Plan:
     """The plan with each stretch of ``jump`` steps gone through ``times`` times (Lugmayr et al., 2022, "RePaint", section 4.2).
 
@@ -797,6 +903,7 @@ SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
     "dpmpp_2s": (DPMSolverSinglestep, {}),
     "dpmpp_3s": (DPMSolverSinglestep, {"order": 3}),
     "unipc": (UniPC, {}),
+    "sa_solver": (SASolver, {}),
     "consistency": (Consistency, {}),
     "tcd": (Consistency, {"gamma": 0.3}),
 }

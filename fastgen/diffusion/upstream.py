@@ -4,7 +4,8 @@ Upstream lays out steps in four ways, and a sampler's ``layout`` says which its 
 
 * "index" (DDPM, LCM): rounded times; the next of a step is the next of the table;
 * "stride" (DDIM, PNDM): the same times, but each step goes back by T // steps, wherever that is;
-* "sigma" (Euler, Heun and the midpoint method, ancestral or not, LMS): "linspace" times are not rounded, and sigma / alpha is interpolated linearly;
+* "sigma" (Euler, Heun, the midpoint method, LMS): "linspace" times are not rounded, and sigma / alpha is interpolated
+  linearly;
 * "solver" (DPM-Solver++, DEIS, UniPC): "linspace" and "leading" lay out one step more and leave out its last.
 """
 

@@ -19,6 +19,7 @@ from fastgen.diffusion.samplers import (
     Euler,
     EulerAncestral,
     Heun,
+    SASolver,
     UniPC,
     make_sampler,
 )
@@ -98,6 +99,10 @@ def between(schedule, steps, first, last):
         (DPMSolver(2, on="noise"), 2),
         (DPMSolver(2, solver="heun", on="noise"), 2),
         (DPMSolver(3, on="noise"), 2),
+        (SASolver(1, 0, 0.0), 1),
+        (SASolver(2, 2, 0.0), 2),
+        (SASolver(3, 3, 0.0), 2),
+        (SASolver(2, 2, 0.0, on="noise"), 2),
         (UniPC(2, on="noise"), 2),
         (UniPC(2, lower_order_final=False, on="noise"), 2),
     ],
@@ -141,6 +146,11 @@ def test_order_of_convergence_to_the_probability_flow(sampler, order, name):
         (EulerAncestral(), 1),
         (DPM2(1.0), 2),
         (DPM2(0.5), 2),
+        (SASolver(1, 0), 1),
+        (SASolver(2, 2), 2),
+        (SASolver(3, 3), 2),
+        (SASolver(2, 2, on="noise"), 2),
+        (SASolver(2, 2, 0.4), 2),
         (DPMSolver(1, stochastic=True), 1),
         (DPMSolver(2, stochastic=True), 2),
         (DPMSolver(2, stochastic=True, solver="heun"), 2),
@@ -156,7 +166,8 @@ def test_order_of_convergence_in_distribution(sampler, order, name):
     schedule, target = SCHEDULES[name]
     first, last = {"vp": (0.6, 0.1), "flow": (0.9, 0.2), "karras": (3.0, 0.3)}[name]
     errors = []
-    for steps in (40, 80):
+    # of SA-Solver it takes more steps until the leading error leads
+    for steps in (80, 160) if isinstance(sampler, SASolver) else (40, 80):
         grid = between(schedule, steps, first, last)
         (alpha, sigma), (alpha1, sigma1) = schedule.at(torch.tensor(first)), schedule.at(torch.tensor(last))
         eye = torch.eye(2).double()
@@ -177,7 +188,8 @@ def test_samplers_that_are_the_same(name):
     schedule, _ = SCHEDULES[name]
     grid = schedule.grid(12)
     same = [(DDIM(1.0), DDPM()), (DDIM(1.0), EulerAncestral()), (DDIM(), Euler()), (DDIM(), DPMSolver(1))]
-    same += [(DDIM(1.0), DPMSolver(1, stochastic=True)), (Consistency(0.0), DDIM())]
+    same.append((DDIM(), SASolver(1, 0, 0.0)))
+    same += [(DDIM(1.0), SASolver(1, 0)), (DDIM(1.0), DPMSolver(1, stochastic=True)), (Consistency(0.0), DDIM())]
     for one, other in same:
         a, b = one.plan(grid), other.plan(grid)
         torch.testing.assert_close(a.rows[:, :3], b.rows[:, :3], rtol=1e-9, atol=1e-9)
@@ -349,6 +361,10 @@ def test_solvers_on_the_noise_end_at_the_estimate_of_the_data(method):
         (lambda: DPMSolverSinglestep(solver="rk"), "solver must be 'midpoint' or 'heun'"),
         (lambda: DPMSolverSinglestep(on="slope"), "on must be 'data' or 'noise', got 'slope'"),
         (lambda: UniPC(on="slope"), "on must be 'data' or 'noise', got 'slope'"),
+        (lambda: SASolver(5), r"order must be in 1 \.\. 4, got 5"),
+        (lambda: SASolver(corrector=5), r"corrector must be in 0 \.\. 4, got 5"),
+        (lambda: SASolver(tau=-1.0), "tau must not be negative"),
+        (lambda: SASolver(on="slope"), "on must be 'data' or 'noise', got 'slope'"),
         (lambda: UniPC(4), "order must be 1, 2 or 3"),
         (lambda: UniPC(solver="bh3"), "solver must be 'bh1' or 'bh2'"),
     ],

@@ -26,6 +26,7 @@ from fastgen.interop.diffusers.schedulers.solvers import (
     DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
+    SASolverScheduler,
     UniPCMultistepScheduler,
 )
 from fastgen.interop.diffusers.weights import load, load_autoencoder_kl, load_unet
@@ -54,6 +55,7 @@ __all__ = [
     "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "SASolverScheduler",
     "TCDScheduler",
     "UniPCMultistepScheduler",
     "load",

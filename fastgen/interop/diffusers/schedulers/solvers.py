@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastgen.diffusion.samplers import DPMSolver, DPMSolverSinglestep, Estimate, Plan, Sampler, UniPC
+from fastgen.diffusion.samplers import DPMSolver, DPMSolverSinglestep, Estimate, Plan, Sampler, SASolver, UniPC
 from fastgen.diffusion.schedules import Flow, Grid, noise_levels
 from fastgen.diffusion.upstream import upstream_block_order, upstream_third_order
 from fastgen.interop.diffusers.config import recorded
@@ -22,6 +22,7 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
     "Multistep",
+    "SASolverScheduler",
     "UniPCMultistepScheduler",
 ]
 
@@ -463,6 +464,86 @@ class DEISMultistepScheduler(_DPMSolver):
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
         """The next step: ``prev_sample``."""
         return self._step(self._mean(model_output, sample), timestep, sample, return_dict=return_dict)
+
+
+class SASolverScheduler(_DPMSolver):
+    """Stochastic Adams method of Xue et al. (2023), predictor and corrector, of order 1 to 4.
+
+    Args:
+        tau_func: time -> how much noise the step from there adds, 0 for none, 1 for the reverse diffusion's; None: 1 at 200 to
+            800, 0 elsewhere. A config with one cannot be saved.
+    """
+
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Betas = None,
+        predictor_order: int = 2,
+        corrector_order: int = 2,
+        prediction_type: str = "epsilon",
+        tau_func: Callable[[Any], float] | None = None,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "data_prediction",
+        lower_order_final: bool = True,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        lambda_min_clipped: float = -float("inf"),
+        variance_type: str | None = None,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+    ) -> None:
+        if algorithm_type not in ("data_prediction", "noise_prediction"):
+            raise ValueError(f"algorithm_type must be 'data_prediction' or 'noise_prediction', got {algorithm_type!r}")
+        if corrector_order < 1:
+            raise ValueError(f"corrector_order must be in 1 .. 4, got {corrector_order}")
+        self.tau_func = tau_func or (lambda time: float(200 <= time <= 800))
+        self._sampler()
+        self._build()
+
+    def _sampler(self) -> SASolver:
+        given = self._arguments
+        on: Estimate = "data" if given["algorithm_type"] == "data_prediction" else "noise"
+        orders = given["predictor_order"], given["corrector_order"]
+        return SASolver(*orders, lower_order_final=given["lower_order_final"], on=on)
+
+    def _plan(self, grid: Grid) -> Plan:
+        taus = [float(self.tau_func(time)) for time in self._list[len(self._list) - len(grid.time) :]]
+        return self._sampler().plan_of(grid, taus, published=True)
+
+    def _draws(self, index: int) -> bool:
+        return True
+
+    def _end(self) -> tuple[float, float]:
+        bar = float(self._schedule.alphas_cumprod[0])
+        return math.sqrt(bar), math.sqrt(1 - bar)
+
+    def _last_of_flow(self, sigma: Tensor) -> float:
+        return float(sigma[-1])
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Device = None) -> None:
+        """Lay out this many steps."""
+        self._lay(num_inference_steps, device, None)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The next step: ``prev_sample``."""
+        model_output = self._mean(model_output, sample)
+        return self._step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
 
 
 class UniPCMultistepScheduler(_Solver):
