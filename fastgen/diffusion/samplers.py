@@ -740,7 +740,7 @@ class UniPC(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class SASolver(Sampler):
-    """Stochastic Adams method, predictor and corrector, of the SDE with ``tau`` times the noise of the reverse diffusion; one
+    """Stochastic Adams method, predictor and corrector, for the SDE with ``tau`` times the noise of the reverse diffusion; one
     evaluation a step.
 
     Args:
@@ -772,7 +772,7 @@ class SASolver(Sampler):
     def clamps(self) -> bool:
         return self.on == "data"
 
-    def _integrals(self, places: list[float], low: float, high: float, tau: float, published: bool) -> list[float]:
+    def _integrals(self, places: list[float], low: float, high: float, tau: float, published: bool) -> Tensor:
         """Of the Lagrange polynomials on the estimates' ``places`` in log(alpha / sigma), with the step's weight, over a step
         from ``low`` to ``high``; to be multiplied by alpha or, on the noise, by -sigma."""
         rate = 1 + tau**2
@@ -783,9 +783,11 @@ class SASolver(Sampler):
         if published and self.on == "data" and len(places) == 2:
             other = places[0] if places[1] == low else places[1]
             slope = 0.5 * rate * (high - low) ** 2 / (other - low)
-            own = float(weight.sum()) - slope
-            return [own, slope] if places[0] == low else [slope, own]
-        return [float((weight * np.prod([(at - b) / (a - b) for b in places if b != a], axis=0)).sum()) for a in places]
+            values = [slope if place == other else float(weight.sum()) - slope for place in places]
+        else:
+            lagrange = [np.prod([(at - b) / (a - b) for b in places if b != a], axis=0) for a in places]
+            values = [float((weight * polynomial).sum()) for polynomial in lagrange]
+        return torch.tensor(values, dtype=torch.float64)
 
     def plan(self, grid: Grid) -> Plan:
         return self.plan_of(grid, [self.tau] * len(grid.time))
@@ -800,46 +802,40 @@ class SASolver(Sampler):
                 slope as if nothing of it decayed.
         """
         _check_estimate(self.on, grid)
+        tau, h = torch.tensor(taus, dtype=torch.float64), _widths(grid)
+        if self.on == "data":
+            # without noise an endless step keeps what a straight one does
+            renewed = torch.where(tau > 0, tau.square() * h, 0.0)
+            keep = grid.next_sigma / grid.sigma * torch.exp(-renewed)
+            noise = grid.next_sigma * (-torch.expm1(-2 * renewed)).clamp(min=0).sqrt()
+            scale, straight = grid.next_alpha, grid.next_alpha - keep * grid.alpha
+        else:
+            keep = grid.next_alpha / grid.alpha
+            noise = torch.where(torch.isfinite(h), tau * grid.next_sigma * torch.expm1(2 * h).clamp(min=0).sqrt(), 0.0)
+            scale, straight = -grid.next_sigma, grid.next_sigma - keep * grid.sigma
         here = half_log_snr(grid.alpha, grid.sigma).tolist()
         there = half_log_snr(grid.next_alpha, grid.next_sigma).tolist()
         count, slots = len(here), max(self.order, self.corrector - 1)
         rows = torch.zeros(count, 3 + slots, dtype=torch.float64)
+        rows[:, 0], rows[:, 2] = keep, noise
         correction = torch.zeros(slots + 1, dtype=torch.float64)  # of the state by the estimates, newest first
-        for i, (low, high, tau) in enumerate(zip(here, there, taus, strict=True)):
-            alpha, sigma = float(grid.next_alpha[i]), float(grid.next_sigma[i])
-            straight = sigma / float(grid.sigma[i]), alpha / max(float(grid.alpha[i]), 1e-300)
-            left = count - i if self.lower_order_final else count
+        for i, (low, high) in enumerate(zip(here, there, strict=True)):
             past = [place for place in here[max(0, i - slots) : i + 1][::-1] if math.isfinite(place)]
-            predicted, corrected = torch.zeros(slots + 1, dtype=torch.float64), None
-            h = high - low
-            if not math.isfinite(h):
-                keep = 0.0 if tau and self.on == "data" else straight[self.on == "noise"]
-                own = alpha - keep * float(grid.alpha[i]) if self.on == "data" else sigma - keep * float(grid.sigma[i])
-                predicted[0], noise = own, sigma if tau and self.on == "data" else 0.0
-            else:
-                scale = alpha if self.on == "data" else -sigma
-                if self.on == "data":
-                    keep, noise = (
-                        math.exp(-(tau**2) * h) * straight[0],
-                        sigma * math.sqrt(max(0.0, -math.expm1(-2 * tau**2 * h))),
-                    )
-                else:
-                    keep, noise = straight[1], tau * sigma * math.sqrt(max(0.0, math.expm1(2 * h)))
+            left = count - i if self.lower_order_final else count
+            predicted, following = torch.zeros_like(correction), torch.zeros_like(correction)
+            if math.isfinite(high - low):
                 places = past[: min(self.order, left)]
-                values = self._integrals(places, low, high, tau, published)
-                predicted[: len(places)] = scale * torch.tensor(values, dtype=torch.float64)
-                order = min(self.corrector, left + 1)
-                if order and h:
-                    places = [high, *past[: order - 1]]
-                    values = self._integrals(places, low, high, tau, published)
-                    corrected = torch.zeros(slots + 2, dtype=torch.float64)
-                    corrected[: len(places)] = scale * torch.tensor(values, dtype=torch.float64)
-            row = keep * correction + predicted
-            rows[i, 0], rows[i, 1], rows[i, 2], rows[i, 3:] = keep, row[0], noise, row[1:]
-            correction = torch.zeros_like(correction)
-            if corrected is not None:
-                correction = corrected[:-1].clone()
-                correction[1:] -= predicted[:-1]
+                predicted[: len(places)] = scale[i] * self._integrals(places, low, high, taus[i], published)
+                places = [high, *past][: min(self.corrector, left + 1)]
+                if places and high != low:
+                    # with the noise of the prediction it differs from that by estimates alone
+                    following[: len(places)] = scale[i] * self._integrals(places, low, high, taus[i], published)
+                    following[1:] -= predicted[:-1]
+            else:
+                predicted[0] = straight[i]
+            row = keep[i] * correction + predicted
+            rows[i, 1], rows[i, 3:] = row[0], row[1:]
+            correction = following
         return _plan(grid, rows, of=self.on)
 
 
