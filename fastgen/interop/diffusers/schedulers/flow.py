@@ -16,12 +16,31 @@ from fastgen.interop.diffusers.config import recorded
 from fastgen.interop.diffusers.scheduler import Device, Generators, Scheduler, SchedulerOutput, drawn
 from fastgen.interop.diffusers.schedulers.k_diffusion import InPairs, churned
 
-__all__ = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "ending_at", "shifted"]
+__all__ = [
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "check_shift_type",
+    "ending_at",
+    "shift_of",
+    "shifted",
+]
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
     """Levels of a flow moved towards the noise, or from it where ``shift`` is below 1."""
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def check_shift_type(kind: str) -> None:
+    """Raise a ValueError for a ``time_shift_type`` that :func:`shift_of` does not know."""
+    if kind not in ("exponential", "linear"):
+        raise ValueError(f"time_shift_type must be 'exponential' or 'linear', got {kind!r}")
+
+
+def shift_of(mu: float, kind: str) -> float:
+    """The shift that ``mu`` is the logarithm of, or if its ``kind`` is "linear" the shift itself."""
+    return math.exp(mu) if kind == "exponential" else mu
 
 
 def ending_at(sigma: Tensor, last: float) -> Tensor:
@@ -77,8 +96,7 @@ class _Shifted(_FlowMatch):
         if len(kinds) > 1:
             raise ValueError(f"only one of {' and '.join(f'use_{kind}_sigmas' for kind in kinds)} can be used")
         self._kind: Levels | None = kinds[0] if kinds else None
-        if given["time_shift_type"] not in ("exponential", "linear"):
-            raise ValueError(f"time_shift_type must be 'exponential' or 'linear', got {given['time_shift_type']!r}")
+        check_shift_type(given["time_shift_type"])
         self._shift = float(given["shift"])
         total = given["num_train_timesteps"]
         sigma = torch.arange(total, 0, -1, dtype=torch.float64) / total
@@ -124,7 +142,7 @@ class _Shifted(_FlowMatch):
         shift = self._shift
         if given["use_dynamic_shifting"]:
             assert mu is not None
-            shift = math.exp(mu) if given["time_shift_type"] == "exponential" else mu
+            shift = shift_of(mu, given["time_shift_type"])
         sigma = shifted(sigma, shift)
         if given["shift_terminal"]:
             sigma = ending_at(sigma, given["shift_terminal"])

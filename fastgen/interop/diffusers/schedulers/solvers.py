@@ -14,7 +14,7 @@ from fastgen.diffusion.schedules import Flow, Grid, noise_levels
 from fastgen.diffusion.upstream import upstream_block_order, upstream_third_order
 from fastgen.interop.diffusers.config import recorded
 from fastgen.interop.diffusers.scheduler import Betas, ChainScheduler, Device, Generators, Scheduler, SchedulerOutput
-from fastgen.interop.diffusers.schedulers.flow import ending_at, shifted
+from fastgen.interop.diffusers.schedulers.flow import check_shift_type, ending_at, shift_of, shifted
 
 __all__ = [
     "DEISMultistepScheduler",
@@ -33,6 +33,10 @@ class _Solver(ChainScheduler):
     layout = "solver"
     whole_times: ClassVar[bool] = True
     gives_estimate: ClassVar[bool] = False
+
+    def _build(self) -> None:
+        check_shift_type(self._arguments.get("time_shift_type", "exponential"))
+        super()._build()
 
     def _times(self) -> Tensor:
         return self._grid.time.round() if self._rounds() else self._grid.time
@@ -123,7 +127,7 @@ class _DPMSolver(Multistep, _Solver):
         if mu is not None:
             if not given["use_dynamic_shifting"]:
                 raise ValueError("mu needs use_dynamic_shifting=True")
-            self._shift = math.exp(mu)
+            self._shift = shift_of(mu, given["time_shift_type"])
         if given["use_flow_sigmas"] and self._levels_kind() is None:
             if num_inference_steps is None:
                 raise ValueError("give num_inference_steps: timesteps are not for use_flow_sigmas=True")
@@ -151,7 +155,6 @@ class DPMSolverMultistepScheduler(_DPMSolver):
 
     narrow = True
     noise_dtype: ClassVar[torch.dtype | None] = torch.float32
-    unsupported: ClassVar[tuple[str, ...]] = ("time_shift_type",)
     _algorithms = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
 
     @recorded
@@ -211,7 +214,8 @@ class DPMSolverMultistepScheduler(_DPMSolver):
         """Lay out the steps: how many, or their times, falling.
 
         Args:
-            mu: with ``use_dynamic_shifting`` the logarithm of the shift of a flow, from now on.
+            mu: with ``use_dynamic_shifting`` the logarithm of the shift of a flow, from now on; the shift itself if
+                ``time_shift_type`` is "linear", which upstream refuses.
         """
         self._lay(num_inference_steps, device, mu, timesteps)
 
@@ -240,7 +244,6 @@ class DPMSolverMultistepInverseScheduler(DPMSolverMultistepScheduler):
     narrow = False
     noise_dtype = None
     rising = True
-    unsupported = ()
 
     @recorded
     def __init__(
@@ -305,7 +308,6 @@ class DPMSolverSinglestepScheduler(_DPMSolver):
     order 3 with "heun" weighs a curvature with the wrong sign.
     """
 
-    unsupported = ("time_shift_type",)
     _algorithms = ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")
     _block: Tensor | None = None
 
@@ -375,7 +377,8 @@ class DPMSolverSinglestepScheduler(_DPMSolver):
         """Lay out the steps: how many, or their times, falling.
 
         Args:
-            mu: with ``use_dynamic_shifting`` the logarithm of the shift of a flow, from now on.
+            mu: with ``use_dynamic_shifting`` the logarithm of the shift of a flow, from now on; the shift itself if
+                ``time_shift_type`` is "linear", which upstream refuses.
         """
         self._lay(num_inference_steps, device, mu, timesteps)
 
@@ -401,8 +404,6 @@ class DPMSolverSinglestepScheduler(_DPMSolver):
 class DEISMultistepScheduler(_DPMSolver):
     """Exponential integrator of Zhang and Chen (2023), polynomials of the noise in log(sigma / alpha): DPM-Solver on the noise
     with these integrated exactly."""
-
-    unsupported = ("time_shift_type",)
 
     @recorded
     def __init__(
@@ -457,7 +458,8 @@ class DEISMultistepScheduler(_DPMSolver):
         """Lay out this many steps.
 
         Args:
-            mu: with ``use_dynamic_shifting`` the logarithm of the shift of a flow, from now on.
+            mu: with ``use_dynamic_shifting`` the logarithm of the shift of a flow, from now on; the shift itself if
+                ``time_shift_type`` is "linear", which upstream refuses.
         """
         self._lay(num_inference_steps, device, mu)
 
@@ -594,8 +596,6 @@ class UniPCMultistepScheduler(_Solver):
             raise ValueError(f"solver_type must be 'bh1' or 'bh2', got {solver_type!r}")
         if final_sigmas_type != "zero" and (use_karras_sigmas or use_exponential_sigmas or use_beta_sigmas or use_flow_sigmas):
             raise ValueError(f"final_sigmas_type={final_sigmas_type!r} ends levels that are spaced with an empty step")
-        if time_shift_type not in ("exponential", "linear"):
-            raise ValueError(f"time_shift_type must be 'exponential' or 'linear', got {time_shift_type!r}")
         self._sampler()
         self._build()
 
@@ -665,7 +665,7 @@ class UniPCMultistepScheduler(_Solver):
                 sigma = torch.linspace(1, 1 / total, int(num_inference_steps or 0) + 1, dtype=torch.float64)[:-1]
             shift = given["flow_shift"]
             if mu is not None and given["use_dynamic_shifting"]:
-                shift = math.exp(mu) if given["time_shift_type"] == "exponential" else mu
+                shift = shift_of(mu, given["time_shift_type"])
             sigma = shifted(sigma, shift)
             if given["shift_terminal"]:
                 sigma = ending_at(sigma, given["shift_terminal"])
