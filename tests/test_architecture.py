@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastgen import ops, registry
+from fastgen.interop import diffusers
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("autoencoders", "gans", "diffusion", "flows", "autoregressive", "energy", "classical")
@@ -121,6 +122,18 @@ def test_readme_lists_every_op():
     text = (ROOT / "README.md").read_text()
     for name in ops.all_specs():
         assert f"`{name}`" in text, f"README.md does not mention the op {name}"
+
+
+def test_readme_lists_every_scheduler():
+    classes = set(
+        re.findall(
+            r"^class ([A-Z]\w+Scheduler)\b",
+            "".join(path.read_text() for path in (ROOT / "fastgen/interop/diffusers/schedulers").glob("*.py")),
+            re.MULTILINE,
+        )
+    )
+    listed = set(re.findall(r"`(\w+Scheduler)`", (ROOT / "README.md").read_text()))
+    assert listed == classes == {name for name in diffusers.__all__ if name.endswith("Scheduler")}
 
 
 def test_environment_variables_are_documented():

@@ -21,8 +21,8 @@ or the same in estimates of the noise or of the slope, so a sampler is a functio
 Sources: Ho et al. (2020), algorithm 2; Nichol and Dhariwal (2021), eq. 15; Song et al. (2021), "Denoising diffusion implicit
 models", eq. 12 and 16; Karras et al. (2022), algorithms 1 and 2; Lu et al. (2022), "DPM-Solver" and "DPM-Solver++", algorithm
 1 (single-step), 2 and its SDE form; Song et al. (2021), "Score-based generative modeling through stochastic differential
-equations", algorithms 2 to 5; Zhao et al. (2023), "UniPC", algorithms 5 to 8; Lugmayr et al. (2022), "RePaint"; Crowson
-(2022), k-diffusion (ancestral Euler, linear multistep).
+equations", algorithms 2 to 5; Zhao et al. (2023), "UniPC", algorithms 5 to 8; Xue et al. (2023), "SA-Solver"; Lugmayr et
+al. (2022), "RePaint"; Crowson (2022), k-diffusion (ancestral Euler, dpm_2, linear multistep).
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ Estimate = Literal["data", "noise"]
 __all__ = [
     "DDIM",
     "DDPM",
+    "DPM2",
     "LMS",
     "SAMPLERS",
     "Consistency",
@@ -60,6 +61,7 @@ __all__ = [
     "Layout",
     "Plan",
     "PredictorCorrector",
+    "SASolver",
     "Sampler",
     "UniPC",
     "block_differences",
@@ -204,11 +206,33 @@ class EulerAncestral(DDIM):
 
 @dataclasses.dataclass(frozen=True)
 class Consistency(Sampler):
-    """The estimate of the data with fresh noise, step by step: for networks that estimate it well at once (Song et al., 2023,
-    "Consistency models", algorithm 1); what diffusers calls LCM, and stochastic sampling of a flow."""
+    """Each step goes past where it ends, and back there by fresh noise: for networks that estimate the data well at once.
+
+    Args:
+        gamma: how much of the way from there to the data it goes in time. 1 is the estimate of the data with fresh noise (Song
+            et al., 2023, "Consistency models", algorithm 1; LCM, and stochastic sampling of a flow), 0 is DDIM, and what is
+            between keeps detail over many steps (Zheng et al., 2024, "Trajectory consistency distillation", algorithm 2).
+    """
+
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma must be in 0 .. 1, got {self.gamma}")
 
     def plan(self, grid: Grid) -> Plan:
-        return _plan(grid, torch.stack([torch.zeros_like(grid.alpha), grid.next_alpha, grid.next_sigma], 1))
+        clean = grid.schedule.clean
+        time = clean + (1 - self.gamma) * (grid.next_time - clean)
+        alpha, sigma = grid.schedule.at(time.clamp(min=0))
+        at_data = time == clean
+        return self.plan_past(grid, torch.where(at_data, 1.0, alpha), torch.where(at_data, 0.0, sigma))
+
+    @staticmethod
+    def plan_past(grid: Grid, alpha: Tensor, sigma: Tensor) -> Plan:
+        """The plan with each step going to a point of its own first, on the way from its end to the data."""
+        keep, back = torch.where(sigma > 0, sigma / grid.sigma, 0.0), grid.next_alpha / alpha
+        noise = (grid.next_sigma.square() - (back * sigma).square()).clamp(min=0).sqrt()
+        return _plan(grid, torch.stack([back * keep, back * (alpha - grid.alpha * keep), noise], 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,6 +332,44 @@ class Heun(Euler):
             torch.cat([_interleave(start.alpha, grid.next_alpha)[done], end_alpha]),
             torch.cat([_interleave(start.sigma, grid.next_sigma)[done], end_sigma]),
             _interleave(euler, correction)[done],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DPM2(Sampler):
+    """Midpoint method of second order in log(sigma / alpha), the dpm_2 of k-diffusion: two evaluations a step, one for a step
+    from no data at all or to no noise.
+
+    With ``eta`` each step goes down to less noise than wanted, and noise brings it up again, as in :class:`DDIM`; at 1 it is
+    dpm_2_ancestral.
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in 0 .. 1, got {self.eta}")
+
+    def plan(self, grid: Grid) -> Plan:
+        noise = self.eta * _forward(grid)[1].sqrt() * grid.next_sigma / grid.sigma
+        down = (grid.next_sigma.square() - noise.square()).clamp(min=0).sqrt()
+        before, after = grid.sigma / grid.alpha, down / grid.next_alpha
+        halves = (after > 0) & torch.isfinite(before)
+        level = torch.where(halves, (before * after).sqrt(), 1.0)
+        (alpha, sigma), time = grid.schedule.of_ratio(level), grid.schedule.time(level)
+        # to the middle, or of a step that has none to its end
+        keep = torch.where(halves, sigma, down) / grid.sigma
+        signal = torch.where(halves, alpha, grid.next_alpha) - grid.alpha * keep
+        first = torch.stack([keep, signal, torch.where(halves, 0.0, noise), torch.zeros_like(level)], 1)
+        # the slope there, on top of where the step began: what led to the middle is known, and subtracted
+        back = grid.next_alpha / level
+        second = torch.stack([down / sigma, back * (before - after), noise, back * (level - before)], 1)
+        done = _interleave(torch.ones_like(halves), halves)
+        return Plan(
+            _interleave(grid.time, time)[done],
+            torch.cat([_interleave(grid.alpha, alpha)[done], grid.next_alpha[-1:]]),
+            torch.cat([_interleave(grid.sigma, sigma)[done], grid.next_sigma[-1:]]),
+            _interleave(first, second)[done],
         )
 
 
@@ -676,6 +738,107 @@ class UniPC(Sampler):
         return _plan(grid, rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class SASolver(Sampler):
+    """Stochastic Adams method, predictor and corrector, for the SDE with ``tau`` times the noise of the reverse diffusion; one
+    evaluation a step.
+
+    Args:
+        order: of the predictor, 1 to 4.
+        corrector: order of the corrector, 1 to 4; 0 for none.
+        tau: 0 solves the probability flow, 1 the reverse diffusion.
+        lower_order_final: whether the orders fall to 1 and 2 over the last steps.
+        on: whether estimates of the "data" or of the "noise" are combined.
+    """
+
+    order: int = 2
+    corrector: int = 2
+    tau: float = 1.0
+    lower_order_final: bool = True
+    on: Estimate = "data"
+    layout: ClassVar[Layout] = "solver"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.order <= 4:
+            raise ValueError(f"order must be in 1 .. 4, got {self.order}")
+        if not 0 <= self.corrector <= 4:
+            raise ValueError(f"corrector must be in 0 .. 4, got {self.corrector}")
+        if not self.tau >= 0:
+            raise ValueError(f"tau must not be negative, got {self.tau}")
+        if self.on not in ("data", "noise"):
+            raise ValueError(f"on must be 'data' or 'noise', got {self.on!r}")
+
+    @property
+    def clamps(self) -> bool:
+        return self.on == "data"
+
+    def _integrals(self, places: list[float], low: float, high: float, tau: float, published: bool) -> Tensor:
+        """Of the Lagrange polynomials on the estimates' ``places`` in log(alpha / sigma), with the step's weight, over a step
+        from ``low`` to ``high``; to be multiplied by alpha or, on the noise, by -sigma."""
+        rate = 1 + tau**2
+        points, quadrature = _gauss_legendre(32)
+        at = low + 0.5 * (high - low) * (points + 1)
+        decay = np.exp(rate * (at - high) if self.on == "data" else high - at)
+        weight = 0.5 * (high - low) * rate * quadrature * decay
+        if published and self.on == "data" and len(places) == 2:
+            other = places[0] if places[1] == low else places[1]
+            slope = 0.5 * rate * (high - low) ** 2 / (other - low)
+            values = [slope if place == other else float(weight.sum()) - slope for place in places]
+        else:
+            lagrange = [np.prod([(at - b) / (a - b) for b in places if b != a], axis=0) for a in places]
+            values = [float((weight * polynomial).sum()) for polynomial in lagrange]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def plan(self, grid: Grid) -> Plan:
+        return self.plan_of(grid, [self.tau] * len(grid.time))
+
+    def plan_of(self, grid: Grid, taus: Sequence[float], *, published: bool = False) -> Plan:
+        """The plan with a tau for each step.
+
+        Args:
+            grid: the steps.
+            taus: one for each.
+            published: whether a line through two estimates of the data is integrated as in the published code, which weighs its
+                slope as if nothing of it decayed.
+        """
+        _check_estimate(self.on, grid)
+        tau, h = torch.tensor(taus, dtype=torch.float64), _widths(grid)
+        if self.on == "data":
+            # without noise an endless step keeps what a straight one does
+            renewed = torch.where(tau > 0, tau.square() * h, 0.0)
+            keep = grid.next_sigma / grid.sigma * torch.exp(-renewed)
+            noise = grid.next_sigma * (-torch.expm1(-2 * renewed)).clamp(min=0).sqrt()
+            scale, straight = grid.next_alpha, grid.next_alpha - keep * grid.alpha
+        else:
+            keep = grid.next_alpha / grid.alpha
+            noise = torch.where(torch.isfinite(h), tau * grid.next_sigma * torch.expm1(2 * h).clamp(min=0).sqrt(), 0.0)
+            scale, straight = -grid.next_sigma, grid.next_sigma - keep * grid.sigma
+        here = half_log_snr(grid.alpha, grid.sigma).tolist()
+        there = half_log_snr(grid.next_alpha, grid.next_sigma).tolist()
+        count, slots = len(here), max(self.order, self.corrector - 1)
+        rows = torch.zeros(count, 3 + slots, dtype=torch.float64)
+        rows[:, 0], rows[:, 2] = keep, noise
+        correction = torch.zeros(slots + 1, dtype=torch.float64)  # of the state by the estimates, newest first
+        for i, (low, high) in enumerate(zip(here, there, strict=True)):
+            past = [place for place in here[max(0, i - slots) : i + 1][::-1] if math.isfinite(place)]
+            left = count - i if self.lower_order_final else count
+            predicted, following = torch.zeros_like(correction), torch.zeros_like(correction)
+            if math.isfinite(high - low):
+                places = past[: min(self.order, left)]
+                predicted[: len(places)] = scale[i] * self._integrals(places, low, high, taus[i], published)
+                places = [high, *past][: min(self.corrector, left + 1)]
+                if places and high != low:
+                    # with the noise of the prediction it differs from that by estimates alone
+                    following[: len(places)] = scale[i] * self._integrals(places, low, high, taus[i], published)
+                    following[1:] -= predicted[:-1]
+            else:
+                predicted[0] = straight[i]
+            row = keep[i] * correction + predicted
+            rows[i, 1], rows[i, 3:] = row[0], row[1:]
+            correction = following
+        return _plan(grid, rows, of=self.on)
+
+
 def resampled(plan: Plan, times: int, jump: int) -> Plan:
     """The plan with each stretch of ``jump`` steps gone through ``times`` times (Lugmayr et al., 2022, "RePaint", section 4.2).
 
@@ -725,6 +888,8 @@ SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
     "euler_ancestral": (EulerAncestral, {}),
     "heun": (Heun, {}),
     "edm": (Heun, {"churn": 40.0, "churn_min": 0.05, "churn_max": 50.0, "churn_noise": 1.003}),
+    "dpm2": (DPM2, {}),
+    "dpm2_ancestral": (DPM2, {"eta": 1.0}),
     "lms": (LMS, {}),
     "pc": (PredictorCorrector, {}),
     "dpmpp_2m": (DPMSolver, {}),
@@ -734,7 +899,9 @@ SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
     "dpmpp_2s": (DPMSolverSinglestep, {}),
     "dpmpp_3s": (DPMSolverSinglestep, {"order": 3}),
     "unipc": (UniPC, {}),
+    "sa_solver": (SASolver, {}),
     "consistency": (Consistency, {}),
+    "tcd": (Consistency, {"gamma": 0.3}),
 }
 """Names of the samplers: class and the options in which a name differs from the class. "edm" is the paper's for ImageNet."""
 

@@ -36,6 +36,7 @@ __all__ = [
     "VE",
     "VP",
     "Betas",
+    "Cosine",
     "Discrete",
     "Flow",
     "Grid",
@@ -335,6 +336,17 @@ class VP(_Continuous):
 
     def time(self, ratio: Tensor) -> Tensor:
         return self._time_of_log_alpha(-0.5 * torch.log1p(ratio.double().square()))
+
+
+class Cosine(_Continuous):
+    """The point of a quarter circle at time t: alpha = cos(pi t / 2), sigma = sin(pi t / 2); at t = 1 without any data."""
+
+    def at(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        quarter = 0.5 * math.pi
+        return torch.sin(quarter * (1 - time.double())), torch.sin(quarter * time.double())
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return ratio.double().atan() * (2 / math.pi)
 
 
 class SubVP(VP):

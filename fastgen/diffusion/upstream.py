@@ -2,10 +2,11 @@
 
 Upstream lays out steps in four ways, and a sampler's ``layout`` says which its counterpart has:
 
-* "index" (DDPM): rounded times; the next of a step is the next of the table;
-* "stride" (DDIM): the same times, but each step goes back by T // steps, wherever that is;
-* "sigma" (Euler, ancestral Euler, Heun, LMS): "linspace" times are not rounded, and sigma / alpha is interpolated linearly;
-* "solver" (DPM-Solver++, UniPC): "linspace" and "leading" lay out one step more and leave out its last.
+* "index" (DDPM, LCM): rounded times; the next of a step is the next of the table;
+* "stride" (DDIM, PNDM): the same times, but each step goes back by T // steps, wherever that is;
+* "sigma" (Euler, Heun, the midpoint method, LMS): "linspace" times are not rounded, and sigma / alpha is interpolated
+  linearly;
+* "solver" (DPM-Solver++, DEIS, UniPC): "linspace" and "leading" lay out one step more and leave out its last.
 """
 
 from __future__ import annotations
@@ -40,15 +41,18 @@ def upstream_chain(betas: Tensor) -> Discrete:
     return chain
 
 
-def _times(chain: int, steps: int, layout: str, spacing: Spacing, offset: int, longest: int) -> Tensor:
+def _times(chain: int, steps: int, layout: str, spacing: Spacing, offset: int, longest: int, rising: bool) -> Tensor:
     if spacing == "trailing":
-        return torch.arange(longest, 0, -chain / steps, dtype=torch.float64).round() - 1
+        falling = torch.arange(longest, 0, -chain / steps, dtype=torch.float64).round() - 1
+        return falling.flip(0) if rising else falling
     more = layout == "solver"
-    if spacing == "leading":
-        return (torch.arange(steps + more, dtype=torch.float64) * (longest // (steps + more))).flip(0)[:steps] + offset
+    count = torch.arange(steps + more, dtype=torch.float64)
     # as numpy's linspace, from below: halves then round as upstream's
-    stride = (longest - 1) / max(steps + more - 1, 1)
-    times = (torch.arange(steps + more, dtype=torch.float64) * stride).clamp(max=longest - 1).flip(0)[:steps]
+    stride = longest // (steps + more) if spacing == "leading" else (longest - 1) / max(steps + more - 1, 1)
+    times = (count if rising else count.flip(0))[:steps] * stride
+    if spacing == "leading":
+        return times + offset
+    times = times.clamp(max=longest - 1)
     return times if layout == "sigma" else times.round()
 
 
@@ -64,6 +68,7 @@ def upstream_grid(
     low: float | None = None,
     high: float | None = None,
     end: tuple[float, float] = (1.0, 0.0),
+    rising: bool = False,
 ) -> Grid:
     """The grid of diffusers' sampler with this layout.
 
@@ -80,6 +85,8 @@ def upstream_grid(
         levels: how the noise levels sigma / alpha are spaced instead.
         low, high: ends of these levels; None: the levels of the first and the last time, or of the chain ("solver").
         end: alpha and sigma after the last step.
+        rising: whether a chain's steps go from the data to the noise, the last to the noisiest time that is used; with
+            ``levels`` it stays where it is.
     """
     if not isinstance(schedule, Discrete):
         if not isinstance(steps, int):
@@ -95,12 +102,12 @@ def upstream_grid(
     if isinstance(steps, int):
         if not 1 <= steps <= chain:
             raise ValueError(f"steps must be in 1 .. {chain}, got {steps}")
-        time = _times(chain, steps, layout, spacing, offset, longest or chain)
+        time = _times(chain, steps, layout, spacing, offset, longest or chain, rising)
     else:
         time = torch.as_tensor(steps, dtype=torch.float64)
-        if time.dim() != 1 or len(time) < 1 or not bool((time.diff() < 0).all()):
-            raise ValueError(f"steps must be a number or falling times, got {steps!r}")
-    if float(time[0]) > chain - 1 or float(time[-1]) < 0:
+        if time.dim() != 1 or len(time) < 1 or not bool(((time.diff() > 0) == rising).all()):
+            raise ValueError(f"steps must be a number or {'rising' if rising else 'falling'} times, got {steps!r}")
+    if float(time.max()) > chain - 1 or float(time.min()) < 0:
         raise ValueError(f"times must be in 0 .. {chain - 1}, got {float(time[0]):g} .. {float(time[-1]):g} (offset {offset})")
     ratios = ((1 - bar) / bar).sqrt()
     below = time.long()
@@ -108,6 +115,7 @@ def upstream_grid(
         ends = ratios[[0, -1]] if layout == "solver" else ratios[below[[-1, 0]]]
         low, high = (float(ends[0]) if low is None else low), (float(ends[1]) if high is None else high)
         ratio = noise_levels(levels, len(time), low, high)
+        ratio = ratio.flip(0) if rising else ratio
         time, (alpha, sigma) = schedule.time(ratio), schedule.of_ratio(ratio)
     elif layout == "sigma":
         ratio = ratios[below].lerp(ratios[(below + 1).clamp(max=chain - 1)], time - below)
@@ -118,7 +126,12 @@ def upstream_grid(
         after = (time - chain // len(time)).long()
         kept = torch.where(after >= 0, bar[after.clamp(min=0)], end[0] ** 2)
         return Grid(schedule, time, alpha, sigma, after.double(), kept.sqrt(), (1 - kept).sqrt())
-    last_point = [torch.tensor([value], dtype=torch.float64) for value in (schedule.clean, *end)]
+    after_all = schedule.clean
+    if rising:
+        noisiest = (longest or chain) - 1
+        kept = bar[noisiest] if levels is None else alpha[-1].square()
+        after_all, end = float(noisiest), (float(kept.sqrt()), float((1 - kept).sqrt()))
+    last_point = [torch.tensor([value], dtype=torch.float64) for value in (after_all, *end)]
     return Grid.through(schedule, *(torch.cat(pair) for pair in zip((time, alpha, sigma), last_point, strict=True)))
 
 

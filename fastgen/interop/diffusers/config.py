@@ -40,17 +40,13 @@ class FrozenConfig(dict[str, Any]):
 
 
 def recorded(init: Callable[..., None]) -> Callable[..., None]:
-    """Constructor that checks its arguments against the class's ``unsupported`` and keeps them as ``config``."""
+    """Constructor that keeps its arguments as ``config``."""
     signature = inspect.signature(init)
     defaults = {name: p.default for name, p in list(signature.parameters.items())[1:]}
 
     @functools.wraps(init)
     def wrapper(self: Configured, *args: Any, **kwargs: Any) -> None:
         given = dict(list(signature.bind(self, *args, **kwargs).arguments.items())[1:])
-        for name, value in given.items():
-            default = defaults[name]
-            if name in self.unsupported and value != default and (value or default):
-                raise ValueError(f"{type(self).__name__} does not support {name}={value!r}, only {name}={default!r}")
         self._arguments = {**defaults, **given}
         self._config = FrozenConfig({**self._arguments, _UNSET: [name for name in defaults if name not in given]})
         init(self, *args, **kwargs)
@@ -63,12 +59,10 @@ class Configured:
 
     Attributes:
         config_name: the file in a folder.
-        unsupported: arguments of which only the default is.
         extras: arguments that diffusers does not have; they are written where they were given.
     """
 
     config_name: ClassVar[str] = _FILE
-    unsupported: ClassVar[tuple[str, ...]] = ()
     extras: ClassVar[tuple[str, ...]] = ()
     _arguments: dict[str, Any]
     _config: FrozenConfig

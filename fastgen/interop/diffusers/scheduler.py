@@ -31,8 +31,10 @@ from fastgen.diffusion.schedules import (
 from fastgen.diffusion.upstream import upstream_chain, upstream_grid, upstream_plan
 from fastgen.interop.diffusers.config import Configured
 
-__all__ = ["ChainScheduler", "Generators", "Scheduler", "SchedulerOutput", "drawn"]
+__all__ = ["Betas", "ChainScheduler", "Device", "Generators", "Scheduler", "SchedulerOutput", "StepOutput", "drawn"]
 
+Betas = Sequence[float] | Tensor | None
+Device = torch.device | str | None
 Generators = torch.Generator | list[torch.Generator]
 
 _BETAS = {name: name for name in ("linear", "scaled_linear", "sigmoid", "laplace")} | {"squaredcos_cap_v2": "cosine"}
@@ -43,34 +45,30 @@ _LEVELS: dict[str, Levels] = {
     "use_beta_sigmas": "beta",
     "use_lu_lambdas": "exponential",  # evenly in log(alpha / sigma): the same
 }
-_SPACINGS = ("leading", "linspace", "trailing")
 
 
-class SchedulerOutput:
-    """What ``step`` gives: attributes, or items by name or position.
+class StepOutput:
+    """What ``step`` gives: attributes, or items by name or position. Subclasses say what there is beside the next sample.
 
-    The estimate of the data may be made when it is first asked for, from the tensors that ``step`` was given; where these have
-    been changed in place by then, asking raises a RuntimeError.
+    That may be made when it is first asked for, from the tensors that ``step`` was given; where these have been changed in
+    place by then, asking raises a RuntimeError.
     """
 
-    __slots__ = ("_estimate", "prev_sample")
+    __slots__ = ("_beside", "prev_sample")
 
-    def __init__(self, prev_sample: Tensor, pred_original_sample: Tensor | Callable[[], Tensor] | None = None) -> None:
+    def __init__(self, prev_sample: Tensor, beside: Tensor | Callable[[], Tensor] | None = None) -> None:
         self.prev_sample = prev_sample
-        self._estimate = pred_original_sample
+        self._beside = beside
 
-    @property
-    def pred_original_sample(self) -> Tensor | None:
-        """The estimate of the data; None where the method gives none."""
-        if callable(self._estimate):
-            self._estimate = self._estimate()
-        return self._estimate
+    def _second(self) -> Tensor | None:
+        if callable(self._beside):
+            self._beside = self._beside()
+        return self._beside
 
     def to_tuple(self) -> tuple[Tensor, ...]:
         """What there is."""
-        if self.pred_original_sample is None:
-            return (self.prev_sample,)
-        return self.prev_sample, self.pred_original_sample
+        second = self._second()
+        return (self.prev_sample,) if second is None else (self.prev_sample, second)
 
     def __getitem__(self, item: str | int) -> Tensor:
         if isinstance(item, str):
@@ -81,6 +79,17 @@ class SchedulerOutput:
         return self.to_tuple()[item]
 
 
+class SchedulerOutput(StepOutput):
+    """The next sample, and of most schedulers the estimate of the data."""
+
+    __slots__ = ()
+
+    @property
+    def pred_original_sample(self) -> Tensor | None:
+        """The estimate of the data; None where the method gives none."""
+        return self._second()
+
+
 class _Rows(NamedTuple):
     """The table of one trajectory on a device: a row, and what the host must know about it, for each step."""
 
@@ -88,6 +97,8 @@ class _Rows(NamedTuple):
     """(p, q, A, B, S, C_1 .. C_H); with thresholding (p, q) take the estimate of the data in place of the output."""
     estimating: tuple[Tensor, ...]
     """Rows that give the estimate alone."""
+    beside: tuple[Tensor, ...]
+    """Rows that give what a step returns beside the next sample, from what the step itself is made of."""
     bounds: tuple[Tensor, ...] | None
     noisy: list[bool]
     """Whether S is not 0."""
@@ -139,7 +150,8 @@ class Scheduler(Configured):
     noise_dtype: ClassVar[torch.dtype | None] = None
     """Of the noise that a generator draws; None: that of the network's output."""
     gives_estimate: ClassVar[bool] = True
-    """Whether ``step`` returns the estimate of the data."""
+    """Whether ``step`` returns the estimate of the data, or what ``output`` has in its place."""
+    output: ClassVar[type[StepOutput]] = SchedulerOutput
 
     timesteps: Tensor
     num_inference_steps: int | None = None
@@ -163,6 +175,14 @@ class Scheduler(Configured):
     def _draws(self, index: int) -> bool:
         """Whether diffusers draws noise in this step, used or not."""
         return False
+
+    def _beside(self, plan: Plan, options: tuple[Any, ...]) -> Tensor | None:
+        """(A, B) of what a step returns beside the next sample; None: the estimate of the data."""
+        return None
+
+    @property
+    def _thresholds(self) -> bool:
+        return bool(self._arguments.get("thresholding"))
 
     # -- the table
 
@@ -199,11 +219,12 @@ class Scheduler(Configured):
         key = (options, start, like.device, like.dtype is torch.float64)
         rows = self._tables.get(key)
         if rows is None:
-            rows = self._tables[key] = self._tabulated(start, like.device, like.dtype, options)
+            grid = self._grid.tail(len(self._grid.time) - start // self.order)
+            rows = self._tables[key] = self._tabulated(grid, like.device, like.dtype, options)
         return rows
 
-    def _tabulated(self, start: int, device: torch.device, dtype: torch.dtype, options: tuple[Any, ...]) -> _Rows:
-        plan = self._plan(self._grid.tail(len(self._grid.time) - start // self.order), *options)
+    def _tabulated(self, grid: Grid, device: torch.device, dtype: torch.dtype, options: tuple[Any, ...]) -> _Rows:
+        plan = self._plan(grid, *options)
         table = tabulate(plan, self._target, self._schedule, dtype=torch.float64)
         rows = self._finished(table.coefficients, plan, options)
         if self.in_levels:
@@ -212,7 +233,7 @@ class Scheduler(Configured):
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         one, none = torch.ones(len(rows), 1, dtype=torch.float64), torch.zeros(len(rows), 1, dtype=torch.float64)
         of_data = rows[:, :2]
-        if self._arguments.get("thresholding"):
+        if self._thresholds:
             given = none, one
             if plan.of == "noise":
                 # the estimate of the data is thresholded, and the noise is what is left of the state
@@ -221,9 +242,12 @@ class Scheduler(Configured):
                 given = 1 / sigma, -alpha / sigma
             rows = torch.cat([*given, rows[:, 2:]], 1)
         estimating = torch.cat([of_data, none, one, none], 1).to(device, wide).unbind()
+        share = self._beside(plan, options)
+        beside = None if share is None else torch.cat([rows[:, :2], share, none], 1).to(device, wide).unbind()
         return _Rows(
             rows.to(device, wide).unbind(),
             estimating,
+            beside or estimating,
             None if table.bounds is None else table.bounds.to(device, wide).unbind(),
             (rows[:, 4] != 0).tolist(),
             plan.rows.shape[1] - 3,
@@ -321,14 +345,9 @@ class Scheduler(Configured):
         elif noise is None:
             key = random.fresh_key(sample.device)
 
-        estimate, thresholds = model_output, self._arguments.get("thresholding", False)
+        estimate, thresholds = model_output, self._thresholds
         if thresholds:
-            estimate = ops.denoise(sample, model_output, table.estimating[i], table.quiet, return_x0=False).x_next
-            options_of = self._arguments
-            estimate = ops.dynamic_threshold(
-                estimate, options_of["dynamic_thresholding_ratio"], max(1.0, options_of["sample_max_value"])
-            )
-            clamp = None
+            estimate, clamp = self._thresholded(sample, model_output, table.quiet, table.estimating[i]), None
         history = slot = None
         if table.slots:
             if self._history is None:
@@ -338,7 +357,7 @@ class Scheduler(Configured):
             history = beside[None] if history is None else torch.cat([history, beside[None]])
         differentiate = torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad)
         into = None if slot is None or differentiate else (torch.empty_like(sample), slot)
-        later = None
+        later, others = None, table.beside is not table.estimating
         if return_dict and self.gives_estimate and slot is None and not (thresholds or differentiate):
             later = self._later(sample, model_output, table, i, clamp)
         out, x0 = ops.denoise(
@@ -351,9 +370,11 @@ class Scheduler(Configured):
             clamp=clamp,
             log_variance=None if log_variance is None else (log_variance, table.bounds[i]) if table.bounds else log_variance,
             out=into,
-            return_x0=slot is not None or (self.gives_estimate and later is None and not thresholds),
+            return_x0=slot is not None or (self.gives_estimate and later is None and not (thresholds or others)),
         )
-        if thresholds and slot is None:
+        if others and later is None:
+            x0 = ops.denoise(sample, estimate, table.beside[i], table.quiet, clamp=clamp, return_x0=False).x_next
+        elif thresholds and slot is None:
             x0 = estimate
         if slot is not None:
             assert x0 is not None
@@ -370,20 +391,26 @@ class Scheduler(Configured):
         if not self.gives_estimate:
             x0 = None
         if return_dict:
-            return SchedulerOutput(out, x0 if later is None else later)
+            return self.output(out, x0 if later is None else later)
         return (out,) if x0 is None else (out, x0)
+
+    def _thresholded(self, sample: Tensor, model_output: Tensor, quiet: Tensor, rows: Tensor) -> Tensor:
+        """The estimate of the data that these rows give, thresholded."""
+        given = self._arguments
+        estimate = ops.denoise(sample, model_output, rows, quiet, return_x0=False).x_next
+        return ops.dynamic_threshold(estimate, given["dynamic_thresholding_ratio"], max(1.0, given["sample_max_value"]))
 
     @staticmethod
     def _later(sample: Tensor, model_output: Tensor, table: _Rows, i: int, clamp: float | None) -> Callable[[], Tensor] | None:
-        """What makes the estimate of the data: most callers never look at it, and writing it costs as much as the step."""
+        """What makes the second part of the output: most callers never look at it, and writing it costs as much as the step."""
         if table.of_slopes or sample.is_inference() or model_output.is_inference():
             return None
         versions = sample._version, model_output._version
 
         def estimate() -> Tensor:
             if (sample._version, model_output._version) != versions:
-                raise RuntimeError("pred_original_sample is gone: the sample or the model's output was changed in place")
-            return ops.denoise(sample, model_output, table.estimating[i], table.quiet, clamp=clamp, return_x0=False).x_next
+                raise RuntimeError("the estimate is gone: the sample or the model's output was changed in place")
+            return ops.denoise(sample, model_output, table.beside[i], table.quiet, clamp=clamp, return_x0=False).x_next
 
         return estimate
 
@@ -414,10 +441,9 @@ class Scheduler(Configured):
     @property
     def compatibles(self) -> list[type[Scheduler]]:
         """The classes here that take this one's config."""
-        from fastgen.interop.diffusers import schedulers
+        from fastgen.interop import diffusers
 
-        names = dict.fromkeys([type(self).__name__, *self._compatibles])
-        return [getattr(schedulers, name) for name in names if hasattr(schedulers, name)]
+        return [getattr(diffusers, name) for name in dict.fromkeys([type(self).__name__, *self._compatibles])]
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
@@ -442,8 +468,14 @@ class ChainScheduler(Scheduler):
         "DPMSolverSinglestepScheduler",
         "DEISMultistepScheduler",
         "UniPCMultistepScheduler",
+        "KDPM2DiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "EDMEulerScheduler",
     ]
     init_noise_sigma: Any = 1.0
+    spacings: ClassVar[tuple[str, ...]] = ("leading", "linspace", "trailing")
+    rising: ClassVar[bool] = False
+    """Whether steps go from the data to the noise."""
     finite_levels: ClassVar[bool] = True
     """Whether a chain without signal at its end gets as much as makes sigma / alpha 4096, as upstream."""
     _schedule: Discrete
@@ -457,8 +489,8 @@ class ChainScheduler(Scheduler):
         targets = [name for name in _TARGETS if name != "flow_prediction" or given.get("use_flow_sigmas")]
         if target not in targets:
             raise ValueError(f"prediction_type must be one of {', '.join(targets)}, got {target!r}")
-        if self._spacing not in _SPACINGS:
-            raise ValueError(f"timestep_spacing must be one of {', '.join(_SPACINGS)}, got {self._spacing!r}")
+        if self._spacing not in self.spacings:
+            raise ValueError(f"timestep_spacing must be one of {', '.join(self.spacings)}, got {self._spacing!r}")
         if given["trained_betas"] is not None:
             chain = torch.as_tensor(given["trained_betas"], dtype=torch.float32)
         else:
@@ -473,7 +505,8 @@ class ChainScheduler(Scheduler):
         self.alphas_cumprod = self._schedule.alphas_cumprod.float()
         self._levels_kind()
         self._full_rows: dict[tuple[torch.device, bool], Tensor] = {}
-        self._lay_out(range(self._schedule.steps - 1, -1, -1), None, levels=None)
+        times = range(self._schedule.steps)
+        self._lay_out(times if self.rising else times[::-1], None, levels=None)
 
     @property
     def _spacing(self) -> Any:
@@ -519,6 +552,7 @@ class ChainScheduler(Scheduler):
             low=self.config.get("sigma_min"),
             high=self.config.get("sigma_max"),
             end=self._end(),
+            rising=self.rising,
         )
         self._visit(grid)
         self._publish(self._times(), device)
