@@ -22,6 +22,7 @@ namespace py = pybind11;
 using fastgen::Argument;
 using fastgen::Kernel;
 
+using fastgen::Chain;
 using fastgen::Launch;
 using fastgen::MOST_ARGUMENTS;
 using fastgen::Record;
@@ -144,6 +145,17 @@ py::object launch(const Description& description) {
   return function<launch_call>("launch", capsule(new Launch(launch_of(description))));
 }
 
+PyObject* chain_call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return (*static_cast<const Chain*>(PyCapsule_GetPointer(self, nullptr)))(args, count, selected);
+}
+
+// A function that makes these launches one after the other. It lives as long as the process.
+py::object chain(const std::vector<Description>& descriptions, const std::vector<std::string>& takes) {
+  std::vector<Launch> launches;
+  for (const Description& description : descriptions) launches.push_back(launch_of(description));
+  return function<chain_call>("chain", capsule(new Chain(std::move(launches), takes)));
+}
+
 // A function that launches the first, or records the others: `make_apply` makes of a forward and a backward function the
 // `apply` of a torch.autograd.Function. It lives as long as the process.
 py::object record(const Description& plain, const Description& forward, const Description& backward,
@@ -189,6 +201,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("use_isa", &use_isa);
   module.def("launch", &launch);
   module.def("record", &record);
+  module.def("chain", &chain);
   module.def("signatures", &signatures);
   module.def("restart_watch", [](bool on) { return Watch::get().restart(on); });
 }

@@ -2,7 +2,7 @@
 // tensors of a few kilobytes the code around a kernel is what a call costs.
 //
 // A plan has one word per argument of the kernel, and one per tensor to allocate; fastgen/ops/_native.py explains them, and
-// records, which are two launches that autograd knows.
+// records, which are two launches that autograd knows, and chains, several in a row.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -287,7 +287,8 @@ class Launch {
     if (word == NORM) return t.ndim == 3 && t.shape[0] == like.rows && t.shape[1] == 3 && t.shape[2] == like.channels;
     if (word == BIAS) {
       const bool many = t.ndim == 2 && (t.shape[0] == 1 || t.shape[0] == like.rows);
-      return (t.ndim == 1 || many) && t.shape[t.ndim - 1] == like.image[1];
+      const bool lies = !t.strides || t.strides[t.ndim - 1] == 1 || like.image[1] == 1;
+      return (t.ndim == 1 || many) && lies && t.shape[t.ndim - 1] == like.image[1];
     }
     if (word == IMAGE) return t.ndim == 4 && std::equal(t.shape, t.shape + 4, like.image);
     if (word == GROUPED)
@@ -360,7 +361,7 @@ class Launch {
     const auto accept = [&](Word word, PyObject* given, dlpack::Tensor& t) {
       if (given == Py_None) return may_be_none(word);
       const bool last = like.last && (is_like(word) || word == WIDE || word == BESIDE || word == IMAGE);
-      if (!read(given, t) || !is_dense(t, last) || !fits(word, t, like)) return false;
+      if (!read(given, t) || (word != BIAS && !is_dense(t, last)) || !fits(word, t, like)) return false;
       record |= enabled && differentiable(word) && own(PyObject_GetAttr(given, torch.requires_grad)).ptr() != Py_False;
       return true;
     };
@@ -395,7 +396,7 @@ class Launch {
         if (word == BINNED) like.bins = t.shape[t.ndim - 1], like.binned = *given;
         if (word == KNOTS) like.knots = *given;
         if (word == BESIDE && t.ndim) like.channels += t.shape[1];
-        if (word == BIAS) slot[1].integer = t.ndim == 2 && t.shape[0] > 1 ? like.image[1] : 0;
+        if (word == BIAS) slot[1].integer = t.ndim < 2 || t.shape[0] == 1 ? 0 : t.strides ? t.strides[0] : like.image[1];
         if (word == KEY) slot[1].integer = t.ndim == 2 ? like.rows : t.ndim;
         if (word == WEIGHTS) slot[1].integer = t.ndim;
         if (word == HISTORY) slot[1].integer = like.past = t.ndim ? t.shape[0] : 0;
@@ -458,6 +459,51 @@ class Launch {
   int inputs_ = 0;
   size_t slots_ = 0;
   bool typed_ = false, either_layout_ = false, channels_last_ = false, image_ = false;
+};
+
+// Launches one after the other, without Python code in between, each given arguments of the whole and outputs of those before.
+class Chain {
+ public:
+  // `takes`, of each launch: "a0" the first argument of the chain, "r1" the first output of its second launch; true, false, none.
+  Chain(std::vector<Launch> launches, const std::vector<std::string>& takes) : launches_(std::move(launches)) {
+    for (size_t i = 0; i < launches_.size(); ++i) {
+      takes_.emplace_back();
+      std::istringstream words(takes.at(i));
+      for (std::string word; words >> word;) {
+        const bool constant = word == "none" || word == "true" || word == "false";
+        takes_[i].push_back({word[0], constant ? 0 : std::stoi(word.substr(1))});
+        if (word[0] == 'a') inputs_ = std::max(inputs_, takes_[i].back().second + 1);
+        if (word[0] == 'r' && takes_[i].back().second >= (int)i) throw std::invalid_argument("not yet there: " + word);
+      }
+      if (launches_[i].inputs() != (int)takes_[i].size()) throw std::invalid_argument("a chain does not fit its launches");
+    }
+  }
+
+  // The first output of the last launch; None where something is not plain or has gradients.
+  PyObject* operator()(PyObject* const* args, Py_ssize_t count, int isa) const {
+    if (count != inputs_) return PyErr_Format(PyExc_TypeError, "a chain takes %d arguments, got %zd", inputs_, count);
+    std::vector<Ref> made;
+    for (size_t i = 0; i < launches_.size(); ++i) {
+      PyObject* given[MOST_ARGUMENTS];
+      for (size_t k = 0; k < takes_[i].size(); ++k) {
+        const auto [kind, index] = takes_[i][k];
+        given[k] = kind == 'a'   ? args[index]
+                   : kind == 'r' ? PyTuple_GET_ITEM(made[index].ptr(), 0)
+                   : kind == 't' ? Py_True
+                   : kind == 'f' ? Py_False
+                                 : Py_None;
+      }
+      made.push_back(own(launches_[i](given, (Py_ssize_t)takes_[i].size(), isa)));
+      if (!made.back()) return nullptr;
+      if (!PyTuple_Check(made.back().ptr())) Py_RETURN_NONE;
+    }
+    return Py_NewRef(PyTuple_GET_ITEM(made.back().ptr(), 0));
+  }
+
+ private:
+  std::vector<Launch> launches_;
+  std::vector<std::vector<std::pair<char, int>>> takes_;
+  int inputs_ = 0;
 };
 
 // A torch.autograd.Function made of launches, so that no Python code runs between PyTorch and the kernels: one where there is

@@ -113,6 +113,10 @@ def _share_projections(network: nn.Module) -> None:
         if isinstance(module, ResBlock) and isinstance(module.project, nn.Linear):
             blocks.setdefault(module.project.in_features, []).append(module)
     for alike in blocks.values():
+        for block in alike:
+            if block.modulation == "add":  # the projection takes the bias of the convolution to which it is added
+                cast(nn.Linear, block.project).bias.add_(block.conv1.bias)
+                block.conv1.bias.zero_()
         shared = SharedProjections([cast(nn.Linear, block.project) for block in alike])
         for i, block in enumerate(alike):
             block.project = SharedProjection(shared, i)
@@ -171,6 +175,7 @@ class Filters:
         convolution is faster.
         """
         outputs, inputs, side, _ = self.weight.shape
+        tile: int | None
         if side == 3:
             tile = ops.winograd_tile(x, outputs, inputs, double=double)
         else:  # measured with 32 to 512 channels
@@ -232,7 +237,7 @@ class PackedConv2d(nn.Module):
         super().__init__()
         self.in_channels = conv.in_channels
         self.weight = conv.weight.detach()
-        self.bias = conv.bias.detach()
+        self.bias = conv.bias.detach() if conv.bias.any() else None
         self.stride, self.padding, self.dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
         where = conv.kernel_size, conv.stride, conv.padding, conv.dilation
         three, one = (((k, k), (1, 1), (k // 2, k // 2), (1, 1)) for k in (3, 1))
@@ -249,21 +254,29 @@ class PackedConv2d(nn.Module):
         modulation: tuple[Tensor | None, ...] = (),
         double: bool = False,
     ) -> Tensor:
-        weight = None if self.filters is None else self.filters.serve(x, joined=skip is not None, double=double)
+        weight = self.serve(x, joined=skip is not None, double=double)
         if weight is not None:
-            bias = self.bias if shift is None else self.bias + shift
+            bias = self.bias_with(shift)
             own, activation = (None, None) if norm is None else (norm.coefficients(x, *modulation, skip=skip), norm.activation)
             return ops.winograd_conv2d(x, weight, bias, residual, double=double, skip=skip, norm=own, activation=activation)
         x = x if skip is None else torch.cat([x, skip], 1)
         x = x if norm is None else norm(x, *modulation)
         return self._plain(upsample(x) if double else x, shift, residual)
 
+    def serve(self, x: Tensor, *, joined: bool = False, double: bool = False) -> ops.WinogradWeight | None:
+        """As :meth:`Filters.serve`."""
+        return None if self.filters is None else self.filters.serve(x, joined=joined, double=double)
+
+    def bias_with(self, shift: Tensor | None) -> Tensor | None:
+        """Bias and shift in one, [O] or [N, O] or [1, O]."""
+        return self.bias if shift is None else shift if self.bias is None else self.bias + shift
+
     def _plain(self, x: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:
         where = (self.padding, self.stride, self.dilation, 1)
         if self.weight.layout == torch.strided:
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *where, list(x.shape))
         shared = shift is not None and shift.shape[0] == 1
-        bias = self.bias + shift[0] if shared else self.bias  # type: ignore[index]
+        bias = self.bias_with(shift[0] if shared else None)  # type: ignore[index]
         if residual is None:
             h = torch.ops.mkldnn._convolution_pointwise(x, self.weight, bias, *where, "none", [], "")
         else:
@@ -273,6 +286,9 @@ class PackedConv2d(nn.Module):
         return h if shift is None or shared else h.add_(shift[:, :, None, None])
 
 
+Parts = tuple[ops.NormedConvolution, ops.NormedConvolution, tuple[ops.WinogradWeight, Tensor | None] | None]
+
+
 class PackedResBlock(nn.Module):
     """:class:`fastgen.nn.resnet.ResBlock` for evaluation: its convolutions normalise and double what they read, and join two
     images that they read.
@@ -280,7 +296,8 @@ class PackedResBlock(nn.Module):
 
     def __init__(self, block: ResBlock) -> None:
         super().__init__()
-        self.block = block
+        self.block: Any = block  # its convolutions are packed
+        self.parts: dict[Any, Parts | None] = {}
 
     def forward(
         self, x: Tensor, embedding: Tensor | None = None, size: tuple[int, int] | None = None, skip: Tensor | None = None
@@ -289,14 +306,38 @@ class PackedResBlock(nn.Module):
         double = block.resample == "up"
         if block.resample == "down" or (double and size not in (None, (2 * x.shape[2], 2 * x.shape[3]))):
             return block(x, embedding, size, skip)
-        added, *modulation = block.told(embedding)  # the latter of the second normalisation
+        added, scale, shift = block.told(embedding)  # the latter of the second normalisation
+        known = x.shape, x.dtype, skip is None
+        if known not in self.parts:
+            self.parts[known] = self._parts(x, skip is not None, double)
+        parts = self.parts[known]
+        if parts is not None:
+            first, second, carry = parts
+            if added is not None:
+                added = block.conv1.bias_with(added)
+            h = ops.winograd_residual(x, first, second, carry, skip=skip, bias=added, scale=scale, shift=shift, double=double)
+            return h if block.divisor == 1 else h / block.divisor
         h = block.conv1(x, added, skip=skip, norm=block.norm1, double=double)
         if block.carry is not None:
             x = block.carry(x, skip=skip)
         elif skip is not None:
             x = torch.cat([x, skip], 1)
-        h = block.conv2(h, residual=upsample(x) if double else x, norm=block.norm2, modulation=tuple(modulation))
+        h = block.conv2(h, residual=upsample(x) if double else x, norm=block.norm2, modulation=(scale, shift))
         return h if block.divisor == 1 else h / block.divisor
+
+    def _parts(self, x: Tensor, joined: bool, double: bool) -> Parts | None:
+        """What images like x are convolved with; None where not all convolutions are by minimal filtering."""
+        block = self.block
+        first, second = block.conv1.serve(x, joined=joined, double=double), block.conv2.serve(x, joined=True, double=double)
+        carry = None if block.carry is None else block.carry.serve(x, joined=joined, double=double)
+        if first is None or second is None or (carry is None and (joined or block.carry is not None)):
+            return None
+
+        def normed(weight: ops.WinogradWeight, conv: PackedConv2d, norm: GroupNorm) -> ops.NormedConvolution:
+            return ops.NormedConvolution(weight, conv.bias, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+        carried = None if carry is None else (carry, block.carry.bias)
+        return normed(first, block.conv1, block.norm1), normed(second, block.conv2, block.norm2), carried
 
 
 class PackedUpsample(nn.Module):

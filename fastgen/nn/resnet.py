@@ -90,7 +90,7 @@ class ResBlock(nn.Module):
         if self.project is None:
             return None, None, None
         told = self.project(embedding)
-        return (told, None, None) if self.modulation == "add" else (None, *told.chunk(2, 1))
+        return (told, None, None) if self.modulation == "add" else (None, *(half.contiguous() for half in told.chunk(2, 1)))
 
 
 class Downsample(nn.Module):

@@ -41,6 +41,7 @@ from fastgen.ops.winograd_conv2d import (
     winograd_tile,
     winograd_weight,
 )
+from fastgen.ops.winograd_residual import NormedConvolution, winograd_residual
 
 __all__ = [
     "CodeStatistics",
@@ -50,6 +51,7 @@ __all__ = [
     "Diffused",
     "Moments",
     "NearestCode",
+    "NormedConvolution",
     "OpSpec",
     "Polar",
     "RebuiltCoupling",
@@ -101,6 +103,7 @@ __all__ = [
     "use_math",
     "winograd_conv2d",
     "winograd_pairs",
+    "winograd_residual",
     "winograd_serves",
     "winograd_tile",
     "winograd_weight",

@@ -4,7 +4,8 @@ A kernel takes its arguments flat, in the order of the C++ function: tensors (th
 bools and floats. It checks nothing: the op does. ``FASTGEN_ISA`` = scalar | avx2 | avx512 | neon forces one set.
 
 A :class:`Launch` is the call of a kernel described once: it reads sizes off the tensors and allocates the outputs, in C++ where
-the tensors are plain, so that a call on a few numbers costs microseconds. A :class:`Record` makes an autograd function of two.
+the tensors are plain, so that a call on a few numbers costs microseconds. A :class:`Record` makes an autograd function of two,
+a :class:`Chain` one call of several.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 __all__ = [
     "DTYPES",
+    "Chain",
     "Launch",
     "Record",
     "applier",
@@ -177,8 +179,7 @@ class Launch:
     norm                    [samples, 3, channels] in float32
     outputs, doubled        a whole number and a bool: the channels of the image that is made, and whether it has twice the
                             height and the width of the first
-    bias                    [outputs], [1, outputs] or [samples, outputs], and the distance of two rows, 0 or outputs: two
-                            arguments
+    bias                    [outputs], [1, outputs] or [samples, outputs], rows anywhere, and their distance or 0: two arguments
     image                   as the image that is made
     memory                  a tensor in any type and shape: that it is what the kernel expects, the caller knows
     flag, whole, number     a bool, a whole number, a float given by the caller
@@ -274,7 +275,7 @@ class Launch:
                 if word == "doubled" and value:
                     image[2:] = (2 * size for size in image[2:])
                 if word == "bias":
-                    flat.append(image[1] if value is not None and value.dim() == 2 and len(value) > 1 else 0)
+                    flat.append(value.stride(0) if value is not None and value.dim() == 2 and len(value) > 1 else 0)
                 if word == "key":
                     flat.append(0 if value is None else value.numel() // 4)
                 elif word == "weights":
@@ -287,6 +288,26 @@ class Launch:
             flat[self.words.index("bins")] = split["binned"].shape[-1]
         kernel(self.name)(*flat)
         return tuple(outputs)
+
+
+class Chain:
+    """Launches one after the other, without Python code in between.
+
+    Args:
+        steps: of each the launch and what it is given, a word each: "a0" the first argument of the chain, "r1" the first output
+            of its second launch; "true", "false", "none".
+    """
+
+    def __init__(self, *steps: tuple[Launch, str]) -> None:
+        self._steps = steps
+
+    def attempt(self, *args: Any) -> Any:
+        """The first output of the last launch; None where one of them would take the long way, or there are gradients."""
+        if not ready():
+            return None
+        made = _extension.chain([launch.description for launch, _ in self._steps], [takes for _, takes in self._steps])
+        self.attempt = made  # type: ignore[method-assign]
+        return self.attempt(*args)
 
 
 def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:

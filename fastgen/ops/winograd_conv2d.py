@@ -182,7 +182,7 @@ def _result_like(x: Tensor, outputs: int, double: bool) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-_forward_cpp = _native.Launch(
+CONVOLUTION = _native.Launch(
     "winograd_conv2d",
     "rows height width channels own like beside norm flag whole outputs doubled memory memory bias image >image threads",
 )
@@ -191,7 +191,7 @@ _convolve = _dispatch.raw_op(
     "winograd_conv2d",
     "(Tensor x, Tensor? skip, Tensor? norm, bool silu, int tile, int outputs, bool double, Tensor packed, Tensor? scale, "
     "Tensor? bias, Tensor? residual) -> Tensor",
-    lambda *args: _forward_cpp(*args)[0],
+    lambda *args: CONVOLUTION(*args)[0],
     lambda x, skip, norm, silu, tile, outputs, double, *_: _result_like(x, outputs, double),
 )
 
@@ -390,7 +390,7 @@ def winograd_conv2d(
         packed, scale, outputs, inputs, tile = weight  # type: ignore[assignment]
         how = activation == "silu", tile, outputs, double, packed, scale
         if _dispatch.launch_mode(backend, None) is not None and _fits(x, skip, inputs) and activation in (None, "silu"):
-            made = _forward_cpp.attempt(x, skip, norm, *how, bias, residual)
+            made = CONVOLUTION.attempt(x, skip, norm, *how, bias, residual)
             if made:
                 return made[0]
         _checked(x, outputs, inputs, bias, residual, double, skip, norm, activation)
