@@ -326,3 +326,86 @@ def test_noise_lies_like_the_samples():
         assert all(map(torch.equal, found, want))
         assert _same(found, launch._spelled_out(*arguments))
     assert launch.attempt(_channels_last(x0), rows, None, noise, False) is None
+
+
+CONVOLVE = "rows height width channels own like beside norm flag whole outputs doubled memory memory bias image >image threads"
+COEFFICIENTS = "rows channels pixels own like beside pair1 pair2 groups number >norm threads"
+
+
+def _images():
+    """An image and one beside it, what normalises both, a weight of 5 channels, a bias and a residual."""
+    x, skip, residual = (_channels_last(torch.randn(3, *size)) for size in ((16, 6, 7), (8, 6, 7), (5, 12, 14)))
+    packed = ops.winograd_weight(torch.randn(5, 24, 3, 3)).packed
+    return [x, skip, torch.randn(3, 3, 24), True, 4, 5, True, packed, None, torch.randn(3, 9)[:, 2:7], residual]
+
+
+def test_images_of_two_are_made():
+    launch, arguments = _native.Launch("winograd_conv2d", CONVOLVE), _images()
+    (y,) = launch.attempt(*arguments)
+    assert y.shape == (3, 5, 12, 14)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert _same((y,), launch._spelled_out(*arguments))
+    for place in (1, 2, 9, 10):  # none of them is needed
+        fewer = [*arguments]
+        fewer[place] = None
+        if place == 1:
+            fewer[2], fewer[7] = torch.randn(3, 3, 16), ops.winograd_weight(torch.randn(5, 16, 3, 3)).packed
+        assert _same(launch.attempt(*fewer), launch._spelled_out(*fewer))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (0, torch.randn(3, 16, 6, 7)),
+        (0, _channels_last(torch.randn(3, 16, 6, 7)).bfloat16()),
+        (0, _channels_last(torch.randn(3, 16, 42))),
+        (1, torch.randn(3, 8, 6, 7)),
+        (1, _channels_last(torch.randn(3, 8, 6, 6))),
+        (2, torch.randn(3, 3, 16)),
+        (9, torch.randn(3, 6)),
+        (9, torch.randn(2, 5)),
+        (9, torch.randn(5, 3).t()),
+        (10, _channels_last(torch.randn(3, 5, 6, 7))),
+    ],
+)
+def test_images_that_do_not_fit_go_the_long_way(place, value):
+    arguments = _images()
+    arguments[place] = value
+    assert _native.Launch("winograd_conv2d", CONVOLVE).attempt(*arguments) is None
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 9, 10])
+def test_gradients_of_images_are_not_forgotten(place):
+    arguments = _images()
+    arguments[place].requires_grad_()
+    assert _native.Launch("winograd_conv2d", CONVOLVE).attempt(*arguments) is False
+
+
+def test_a_chain_passes_on_what_its_launches_put_out():
+    x, skip, *_ = _images()
+    packed, bias = ops.winograd_weight(torch.randn(5, 24, 3, 3)).packed, torch.randn(5)
+    normalise, convolve = _native.Launch("group_norm_coefficients", COEFFICIENTS), _native.Launch("winograd_conv2d", CONVOLVE)
+    steps = (normalise, "a0 a1 none none none none a2 a3"), (convolve, "a0 a1 r0 true a4 a5 false a6 none a7 none")
+    chain = _native.Chain(*steps)
+    y = chain.attempt(x, skip, 4, 1e-5, 4, 5, packed, bias)
+    (norm,) = normalise.attempt(x, skip, None, None, None, None, 4, 1e-5)
+    assert _same((y,), convolve.attempt(x, skip, norm, True, 4, 5, False, packed, None, bias, None))
+    assert chain.attempt(x, skip, 5, 1e-5, 4, 5, packed, bias) is None  # groups that do not divide the channels
+    assert chain.attempt(x, skip, 4, 1e-5, 4, 5, packed, bias.requires_grad_()) is None
+    with pytest.raises(TypeError, match="a chain takes 8 arguments, got 2"):
+        chain.attempt(x, skip)
+    for takes, error in (("a0 a1", "does not fit its launches"), (steps[1][1].replace("r0", "r1"), "not yet there: r1")):
+        with pytest.raises(ValueError, match=error):
+            _native.Chain(steps[0], (convolve, takes)).attempt(x)
+
+
+def test_kernels_are_watched():
+    x = torch.randn(64, 64)
+    with _native.watched() as seconds:
+        ops.group_norm_silu(x, 4)
+        _native.kernel("reparameterize_fwd")
+    assert set(seconds) == {"group_norm_silu_fwd"}
+    assert 0 < seconds["group_norm_silu_fwd"] < 1
+    with _native.watched() as seconds:
+        pass
+    assert seconds == {}

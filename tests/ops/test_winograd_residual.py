@@ -1,0 +1,97 @@
+"""winograd_residual: the chain of launches and its steps one by one give the same bits, and the block is right."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastgen.ops import NormedConvolution, _native, winograd_residual, winograd_weight
+
+own = sys.modules["fastgen.ops.winograd_residual"]
+pytestmark = pytest.mark.skipif(_native.missing() is not None, reason="no compiled kernels")
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def image(*shape, seed=0):
+    return draw(*shape, seed=seed).contiguous(memory_format=torch.channels_last)
+
+
+def part(outputs, inputs, groups, dtype, seed):
+    plain = draw(outputs, inputs, 3, 3, seed=seed) / (9 * inputs) ** 0.5
+    norm = draw(inputs, seed=seed + 1), draw(inputs, seed=seed + 2)
+    return plain, NormedConvolution(winograd_weight(plain, dtype=dtype), draw(outputs, seed=seed + 3), groups, *norm, 1e-5)
+
+
+def block(x, skip, first, second, carry, bias, scale, shift, double):
+    """In float64, by PyTorch's functions."""
+
+    def wide(v):
+        return None if v is None else v.double()
+
+    def normed(x, part):
+        return F.group_norm(x, part.groups, part.norm_weight.double(), part.norm_bias.double(), part.eps)
+
+    x = torch.cat([v.double() for v in (x, skip) if v is not None], 1)
+    h = F.silu(normed(x, first[1]))
+    if double:
+        h, x = (F.interpolate(v, scale_factor=2.0, mode="nearest") for v in (h, x))
+    h = F.conv2d(h, wide(first[0]), padding=1) + wide(first[1].bias if bias is None else bias).reshape(-1, 40, 1, 1)
+    h = normed(h, second[1])
+    if scale is not None:
+        h = h * (1 + wide(scale)[:, :, None, None]) + wide(shift)[:, :, None, None]
+    h = F.conv2d(F.silu(h), wide(second[0]), wide(second[1].bias), padding=1)
+    return h + (x if carry is None else F.conv2d(x, wide(carry[0]), wide(carry[1])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("told", ["nothing", "bias", "rows of a larger one", "modulation"])
+def test_chain_and_steps_are_the_block(dtype, joined, double, told, monkeypatch):
+    x, skip = image(3, 24 if joined else 40, 9, 8), image(3, 16, 9, 8, seed=1) if joined else None
+    first, second = part(40, 40, 4, dtype, 10), part(40, 40, 8, dtype, 20)
+    carry = (draw(40, 40, 1, 1, seed=4) / 6, draw(40, seed=5)) if joined else None
+    packed = (winograd_weight(carry[0], dtype=dtype), carry[1]) if joined else None
+    bias = {"bias": draw(1, 40), "rows of a larger one": draw(3, 100)[:, 20:60]}.get(told)
+    scale, shift = (draw(3, 40, seed=6), draw(3, 40, seed=7)) if told == "modulation" else (None, None)
+    named = {"skip": skip, "bias": bias, "scale": scale, "shift": shift, "double": double}
+    y = winograd_residual(x, first[1], second[1], packed, **named)
+    exact = block(x, skip, first, second, carry, bias, scale, shift, double)
+    assert (y - exact).norm() < (2e-6 if dtype is torch.float32 else 3e-3) * exact.norm()
+    for chain in own._chains.values():
+        monkeypatch.setattr(chain, "attempt", lambda *args: None)
+    assert torch.equal(y, winograd_residual(x, first[1], second[1], packed, **named))
+    assert torch.equal(y, winograd_residual(x.contiguous(), first[1], second[1], packed, **named))
+
+
+def test_the_chain_serves_plain_tensors(monkeypatch):
+    """No step is made by itself where all is as it should be."""
+    monkeypatch.setattr(own, "winograd_conv2d", None)
+    x, (_, first), (_, second) = image(2, 40, 9, 8), part(40, 40, 4, torch.float32, 10), part(40, 40, 8, torch.float32, 20)
+    assert winograd_residual(x, first, second).shape == x.shape
+    with pytest.raises(TypeError, match="not callable"):
+        winograd_residual(x.contiguous(), first, second)  # laid otherwise
+    with pytest.raises(TypeError, match="not callable"):
+        winograd_residual(x.requires_grad_(), first, second)
+    with torch.no_grad():
+        assert winograd_residual(x, first, second).shape == x.shape
+
+
+def test_bad_arguments_are_named():
+    (_, first), (_, second) = part(40, 40, 4, torch.float32, 10), part(40, 40, 8, torch.float32, 20)
+    with pytest.raises(ValueError, match="what is carried needs a 1x1 convolution where there is a skip"):
+        winograd_residual(image(2, 24, 4, 4), first, second, skip=image(2, 16, 4, 4))
+    with pytest.raises(ValueError, match=r"groups must divide the channels of x, got 4 for 39 channels"):
+        winograd_residual(image(2, 39, 4, 4), first, second)
+    with pytest.raises(ValueError, match=r"x must have shape \[N, 40, H, W\] like the weight, .*, got \[2, 44, 4, 4\]"):
+        winograd_residual(image(2, 44, 4, 4), first._replace(norm_weight=None, norm_bias=None), second)
+    with pytest.raises(ValueError, match=r"bias must have shape \[40\] or .*, got \[2, 39\]"):
+        winograd_residual(image(2, 40, 4, 4), first, second, bias=draw(2, 39))
+    with pytest.raises(ValueError, match="serves no gradients"):
+        winograd_residual(image(2, 40, 4, 4).requires_grad_(), first, second)
