@@ -45,8 +45,10 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
     * On a CPU the weights of convolutions and of attention are laid out once for oneDNN instead of at every call, and the
       residual sums happen inside. In float32 "double the image, then convolve" is one transposed convolution where that is less
       work, and 3x3 convolutions go by minimal filtering (:func:`fastgen.ops.winograd_conv2d`) where that is faster: an error
-      of 1e-6 a layer, near that of plain sums, for a transformed copy of the weight of 2 to 4 times its size. The projections
-      of the time in residual blocks are one product for all of them. The process keeps up to 256 MB of memory that it frees.
+      of 1e-6 a layer, near that of plain sums, for a transformed copy of the weight of 2 to 4 times its size. They normalise
+      what they read, and a U-Net's skips are read where they lie: neither is stored. A residual block is one call
+      (:func:`fastgen.ops.winograd_residual`). The projections of the time in residual blocks are one product for all of them.
+      The process keeps up to 256 MB of memory that it frees.
     * ``compile=True`` compiles the copy whole instead (slow on the first call of each shape).
 
     Args:

@@ -14,10 +14,10 @@ __all__ = ["GroupNorm", "GroupNormSiLU"]
 class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` for any number of channels: where ``groups`` does not divide it, their greatest common divisor does."""
 
+    activation: str | None = None
+
     def __init__(self, channels: int, groups: int = 32, eps: float = 1e-6) -> None:
         super().__init__(math.gcd(groups, channels), channels, eps)
-
-    activation: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, eps=self.eps, activation=None)
