@@ -198,14 +198,15 @@ class Launch {
   enum Word {
     DTYPE, ROWS, EVENT, CHANNELS, PIXELS, HEIGHT, WIDTH, LAST, OWN, BINS, THREADS, NONE, LITERAL,
     LIKE, LIKE_OR_NONE, BESIDE, BINNED, KNOTS, WIDE, ROW, WEIGHTS, HISTORY, TABLE4, TABLE5, KEY, PAIR1, PAIR2, GROUPS, GROUPED,
-    NORM, BIAS, IMAGE, MEMORY, OUTPUTS, DOUBLED, WHOLE, FLAG, NUMBER,
-    NEW_LIKE, NEW_BINNED, NEW_KNOTS, NEW_WIDE, NEW_ROW, NEW_PAIR1, NEW_PAIR2, NEW_GROUPED, NEW_NORM, NEW_IMAGE, FIRST,
+    PARTS1, PARTS2, NORM, BIAS, IMAGE, MEMORY, SIDE, OUTPUTS, DOUBLED, FLAG, NUMBER,
+    NEW_LIKE, NEW_BINNED, NEW_KNOTS, NEW_WIDE, NEW_ROW, NEW_PAIR1, NEW_PAIR2, NEW_GROUPED, NEW_NORM, NEW_IMAGE, NEW_PARTS, FIRST,
   };
   static constexpr const char* WORDS[] = {
       "dtype", "rows", "event", "channels", "pixels", "height", "width", "last", "own", "bins", "threads", "null", "(literal)",  //
       "like", "like?", "beside", "binned", "knots", "wide", "row", "weights", "history", "table4", "table5", "key", "pair1",  //
-      "pair2", "groups", "grouped", "norm", "bias", "image", "memory", "outputs", "doubled", "whole", "flag", "number",  //
-      ">like", ">binned", ">knots", ">wide", ">row", ">pair1", ">pair2", ">grouped", ">norm", ">image", ">first",
+      "pair2", "groups", "grouped", "parts1", "parts2", "norm", "bias", "image", "memory", "side", "outputs", "doubled",  //
+      "flag", "number",  //
+      ">like", ">binned", ">knots", ">wide", ">row", ">pair1", ">pair2", ">grouped", ">norm", ">image", ">parts", ">first",
   };
 
   enum Answer { LAUNCH, RECORD, LONG_WAY };
@@ -216,7 +217,7 @@ class Launch {
     int code = -1;
     int64_t rows = 0, event = 1, channels = 0, pixels = 1;  // channels: with those of the one beside it
     bool last = false;                                      // its channels lie last in memory
-    int64_t image[4] = {};                                  // the shape of the image that is made of it
+    int64_t image[4] = {}, side = 1;                        // the shape of the image that is made of it, and of tiles of that
     int64_t past = 0, bins = 0, groups = 0;  // past: how many tensors like it the history holds
     PyObject *binned = nullptr, *knots = nullptr, *const* pairs[2] = {};  // given
   };
@@ -254,11 +255,13 @@ class Launch {
     return is_like(word) || is_split(word) || word == HISTORY || is_pair(word) || is_of_image(word);
   }
   static bool is_of_image(Word word) { return word == BESIDE || word == NORM || word == BIAS || word == IMAGE; }
+  static bool is_parts(Word word) { return word == PARTS1 || word == PARTS2; }
   static bool may_be_none(Word word) { return word != LIKE && !is_split(word) && !is_table(word) && word != GROUPED; }
   static int given_to(Word word) { return word < LIKE || word > NUMBER ? 0 : is_pair(word) ? 2 : 1; }
   static size_t slots_of(Word word) {
     if (is_pair(word)) return 3;
-    return word == WEIGHTS || word == HISTORY || is_table(word) || word == KEY || word == BIAS || is_new_pair(word) ? 2 : 1;
+    const bool with_a_number = word == WEIGHTS || word == HISTORY || is_table(word) || word == KEY || word == BIAS;
+    return with_a_number || is_parts(word) || is_new_pair(word) ? 2 : 1;
   }
 
   // Whether a tensor is what the word says.
@@ -284,6 +287,10 @@ class Launch {
     }
     if (word == BESIDE)
       return t.ndim == first.ndim && t.shape[0] == like.rows && std::equal(t.shape + 2, t.shape + t.ndim, first.shape + 2);
+    if (is_parts(word)) {
+      const int64_t channels = word == PARTS1 ? first.shape[1] : like.channels - first.shape[1];
+      return t.ndim == 4 && t.shape[0] == like.rows && t.shape[2] == 3 && t.shape[3] == channels;
+    }
     if (word == NORM) return t.ndim == 3 && t.shape[0] == like.rows && t.shape[1] == 3 && t.shape[2] == like.channels;
     if (word == BIAS) {
       const bool many = t.ndim == 2 && (t.shape[0] == 1 || t.shape[0] == like.rows);
@@ -340,6 +347,8 @@ class Launch {
     };
     if (word == NEW_IMAGE) return sized(nullptr, like.image, 4);
     const int64_t grouped[] = {like.rows, like.groups, 3}, norm[] = {like.rows, 3, like.channels};
+    const int64_t parts[] = {like.rows, (like.image[2] + like.side - 1) / like.side, 3, like.image[1]};
+    if (word == NEW_PARTS) return sized(first, parts, 4);
     return sized(first, word == NEW_NORM ? norm : grouped, word == NEW_ROW ? 1 : 3);
   }
 
@@ -374,10 +383,10 @@ class Launch {
       } else if (word == GROUPS) {
         slot->integer = like.groups = PyLong_CheckExact(*given) ? PyLong_AsLongLong(*given) : 0;
         if (like.groups < 1 || like.channels == 0 || like.channels % like.groups) return LONG_WAY;
-      } else if (word == OUTPUTS || word == WHOLE) {
+      } else if (word == OUTPUTS || word == SIDE) {
         slot->integer = PyLong_AsLongLong(*given);
-        if (slot->integer == -1 && PyErr_Occurred()) return LONG_WAY;
-        if (word == OUTPUTS) like.image[1] = slot->integer;
+        if (slot->integer < 1) return LONG_WAY;
+        (word == OUTPUTS ? like.image[1] : like.side) = slot->integer;
       } else if (word == DOUBLED) {
         slot->integer = PyObject_IsTrue(*given);
         like.image[2] <<= slot->integer, like.image[3] <<= slot->integer;
@@ -395,6 +404,7 @@ class Launch {
         slot[0].pointer = address(t);
         if (word == BINNED) like.bins = t.shape[t.ndim - 1], like.binned = *given;
         if (word == KNOTS) like.knots = *given;
+        if (is_parts(word)) slot[1].integer = t.ndim ? t.shape[1] : 0;
         if (word == BESIDE && t.ndim) like.channels += t.shape[1];
         if (word == BIAS) slot[1].integer = t.ndim < 2 || t.shape[0] == 1 ? 0 : t.strides ? t.strides[0] : like.image[1];
         if (word == KEY) slot[1].integer = t.ndim == 2 ? like.rows : t.ndim;
@@ -439,6 +449,7 @@ class Launch {
         case NEW_GROUPED:
         case NEW_NORM:
         case NEW_IMAGE:
+        case NEW_PARTS:
           made[outputs] = allocate(word, args[0], like);
           if (!memory_of(made[outputs++], *slot)) return LONG_WAY;
           break;
@@ -464,22 +475,23 @@ class Launch {
 // Launches one after the other, without Python code in between, each given arguments of the whole and outputs of those before.
 class Chain {
  public:
-  // `takes`, of each launch: "a0" the first argument of the chain, "r1" the first output of its second launch; true, false, none.
+  // `takes`, of each launch: "a0" the first argument of the chain, "r1" the first output of its second launch, "s1" the second;
+  // true, false, none.
   Chain(std::vector<Launch> launches, const std::vector<std::string>& takes) : launches_(std::move(launches)) {
     for (size_t i = 0; i < launches_.size(); ++i) {
       takes_.emplace_back();
       std::istringstream words(takes.at(i));
       for (std::string word; words >> word;) {
         const bool constant = word == "none" || word == "true" || word == "false";
-        takes_[i].push_back({word[0], constant ? 0 : std::stoi(word.substr(1))});
+        takes_[i].push_back({word[0], constant ? 0 : std::stoi(word.substr(1))});  // none, true, false: n, t, f
         if (word[0] == 'a') inputs_ = std::max(inputs_, takes_[i].back().second + 1);
-        if (word[0] == 'r' && takes_[i].back().second >= (int)i) throw std::invalid_argument("not yet there: " + word);
+        if ((word[0] == 'r' || word[0] == 's') && takes_[i].back().second >= (int)i) throw std::invalid_argument("not yet there: " + word);
       }
       if (launches_[i].inputs() != (int)takes_[i].size()) throw std::invalid_argument("a chain does not fit its launches");
     }
   }
 
-  // The first output of the last launch; None where something is not plain or has gradients.
+  // The outputs of the last launch, as a tuple; None where something is not plain or has gradients.
   PyObject* operator()(PyObject* const* args, Py_ssize_t count, int isa) const {
     if (count != inputs_) return PyErr_Format(PyExc_TypeError, "a chain takes %d arguments, got %zd", inputs_, count);
     std::vector<Ref> made;
@@ -489,6 +501,7 @@ class Chain {
         const auto [kind, index] = takes_[i][k];
         given[k] = kind == 'a'   ? args[index]
                    : kind == 'r' ? PyTuple_GET_ITEM(made[index].ptr(), 0)
+                   : kind == 's' ? PyTuple_GET_ITEM(made[index].ptr(), 1)
                    : kind == 't' ? Py_True
                    : kind == 'f' ? Py_False
                                  : Py_None;
@@ -497,7 +510,7 @@ class Chain {
       if (!made.back()) return nullptr;
       if (!PyTuple_Check(made.back().ptr())) Py_RETURN_NONE;
     }
-    return Py_NewRef(PyTuple_GET_ITEM(made.back().ptr(), 0));
+    return made.back().release().ptr();
   }
 
  private:

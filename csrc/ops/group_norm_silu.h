@@ -421,6 +421,34 @@ INLINE void moments_of_columns(const T* x, int64_t pixels, int64_t channels, int
   });
 }
 
+// The same of units whose channels lie last: for_parts(add) calls add(slot, count, pivot, sum, squares) for parts of each channel.
+template <class T, class Body, class Parts>
+INLINE void groups_of_parts(const NormTiling& tiling, Body&& body, Parts&& for_parts) {
+  const double whole = 1.0 / (double)max(1, tiling.per * tiling.pixels);
+  double *means = new double[2 * tiling.padded], *totals = means + tiling.padded;  // per channel first
+  const auto clear = [&] {
+    for (int64_t k = 0; k < tiling.unit_channels; ++k) totals[k] = 0;
+  };
+  const auto of_group = [&](int64_t g) {
+    double total = 0;
+    for (int64_t i = g * tiling.per; i < (g + 1) * tiling.per; ++i) total += totals[tiling.slot<T>(i)];
+    return total * whole;
+  };
+  clear();
+  for_parts([&](int64_t k, double count, double pivot, double sum, double) { totals[k] += count * pivot + sum; });
+  for (int64_t g = 0; g < tiling.unit_groups; ++g) {
+    const double mean = of_group(g);
+    for (int64_t i = g * tiling.per; i < (g + 1) * tiling.per; ++i) means[tiling.slot<T>(i)] = mean;
+  }
+  clear();
+  for_parts([&](int64_t k, double count, double pivot, double sum, double squares) {
+    const double off = pivot - means[k];
+    totals[k] += squares + off * (2 * sum + count * off);
+  });
+  for (int64_t g = 0; g < tiling.unit_groups; ++g) body(g, means[tiling.slot<T>(g * tiling.per)], of_group(g));
+  delete[] means;
+}
+
 // Mean and sum of squared differences from it, of every group of a unit. `moments` are those of its tiles.
 template <class T, bool Last, class Body>
 INLINE void for_groups(const NormTiling& tiling, const float* moments, Body&& body) {
@@ -439,33 +467,15 @@ INLINE void for_groups(const NormTiling& tiling, const float* moments, Body&& bo
       spread += of[tile].squares + off * (2 * of[tile].sum + count(tile) * off);
     }
     body(0, mean, spread * whole);
-  } else {  // per channel first
-    double *means = new double[2 * tiling.padded], *totals = means + tiling.padded;
-    const auto for_tiles = [&](auto&& add) {
-      for (int64_t k = 0; k < tiling.unit_channels; ++k) totals[k] = 0;
+  } else {
+    groups_of_parts<T>(tiling, body, [&](auto&& add) {
       for (int64_t tile = 0; tile < tiling.tiles; ++tile) {
         const float* pivots = moments + 3 * tile * tiling.padded;
         const double count = (double)tiling.patch(tile).pixels;
         for (int64_t k = 0; k < tiling.unit_channels; ++k)
-          totals[k] += add(k, count, pivots[k], pivots[tiling.padded + k], pivots[2 * tiling.padded + k]);
+          add(k, count, pivots[k], pivots[tiling.padded + k], pivots[2 * tiling.padded + k]);
       }
-    };
-    const auto of_group = [&](int64_t g) {
-      double total = 0;
-      for (int64_t i = g * tiling.per; i < (g + 1) * tiling.per; ++i) total += totals[tiling.slot<T>(i)];
-      return total * whole;
-    };
-    for_tiles([&](int64_t, double count, double pivot, double sum, double) { return count * pivot + sum; });
-    for (int64_t g = 0; g < tiling.unit_groups; ++g) {
-      const double mean = of_group(g);
-      for (int64_t i = g * tiling.per; i < (g + 1) * tiling.per; ++i) means[tiling.slot<T>(i)] = mean;
-    }
-    for_tiles([&](int64_t k, double count, double pivot, double sum, double squares) {
-      const double off = pivot - means[k];
-      return squares + off * (2 * sum + count * off);
     });
-    for (int64_t g = 0; g < tiling.unit_groups; ++g) body(g, means[tiling.slot<T>(g * tiling.per)], of_group(g));
-    delete[] means;
   }
 }
 
@@ -713,30 +723,60 @@ inline void group_norm_silu_bwd(int64_t dtype, int64_t samples, int64_t channels
   with_dtype(dtype, run);
 }
 
+// One of two images side by side, and, where it is known already, [samples][parts][mean, squares, count][channels] of it.
+struct NormImage {
+  const float* x;
+  int64_t channels;
+  const float* known;
+  int64_t parts;
+};
+
 // Center, slope and level of each channel, out [samples][3][channels]: what z is of an image whose channels lie last, `own` of
 // them in x and the others in skip.
 inline void group_norm_coefficients(int64_t samples, int64_t channels, int64_t pixels, int64_t own, const float* x,
-                                    const float* skip, int64_t affine_dtype, const void* weight, const void* bias,
+                                    const float* skip, const float* known, int64_t parts, const float* skip_known,
+                                    int64_t skip_parts, int64_t affine_dtype, const void* weight, const void* bias,
                                     int64_t modulation_dtype, const void* scale, const void* shift, int64_t groups, double eps,
                                     float* out, int64_t threads) {
   const NormTiling tiling(samples, channels, groups, pixels, true, false);
   const Modulation modulation{affine_dtype, modulation_dtype, weight, bias, scale, shift};
+  const NormImage images[] = {{x, own, known, parts}, {skip, channels - own, skip_known, skip_parts}};
   const int64_t moments = 3 * tiling.padded, unit = tiling.tiles * moments;
-  const Aligned all(samples * unit);
+  const bool read = !known || (skip && !skip_known);
+  const Aligned all(read ? samples * unit : 0);
   threads = tiling.useful(threads);
-  parallel_for(samples * tiling.tiles, threads, [&](int64_t i) {
+  parallel_for(read ? samples * tiling.tiles : 0, threads, [&](int64_t i) {
     const Patch patch = tiling.patch(i % tiling.tiles);
-    const int64_t pixel = i / tiling.tiles * pixels + patch.pixel, others = channels - own;
+    const int64_t pixel = i / tiling.tiles * pixels + patch.pixel;
     float* to = all.data + i * moments;
-    moments_of_columns(x + pixel * own, patch.pixels, own, own, tiling.padded, to, 0);
-    if (skip) moments_of_columns(skip + pixel * others, patch.pixels, others, others, tiling.padded, to + own, 0);
+    for (const NormImage& image : images) {
+      const int64_t count = image.channels;
+      if (image.x && !image.known) moments_of_columns(image.x + pixel * count, patch.pixels, count, count, tiling.padded, to, 0);
+      to += count;
+    }
   });
-  parallel_for(samples, threads, [&](int64_t sample) {
+  parallel_for(samples, samples * channels < 4096 ? 1 : threads, [&](int64_t sample) {
     const Aligned scratch(NormCoefficients::FORWARD * tiling.padded);
     const NormCoefficients c(tiling, scratch.data);
-    for_groups<float, true>(tiling, all.data + sample * unit, [&](int64_t g, double mean, double variance) {
+    const auto finish = [&](int64_t g, double mean, double variance) {
       const float center = (float)mean, rstd = (float)(1 / __builtin_sqrt((variance < 0 ? 0 : variance) + eps));
       c.group(g * tiling.per, tiling.per, center, (float)(mean - center), rstd);
+    };
+    groups_of_parts<float>(tiling, finish, [&](auto&& add) {
+      int64_t first = 0;
+      for (const NormImage& image : images) {
+        const int64_t count = image.channels, steps = !image.x ? 0 : image.known ? image.parts : tiling.tiles;
+        for (int64_t part = 0; part < steps; ++part) {
+          const float* own_part = image.known + (sample * image.parts + part) * 3 * count;
+          const float* tile = all.data + sample * unit + part * moments + first;
+          if (image.known)
+            for (int64_t k = 0; k < count; ++k) add(first + k, own_part[2 * count + k], own_part[k], 0, own_part[count + k]);
+          else
+            for (int64_t k = 0; k < count; ++k)
+              add(first + k, (double)tiling.patch(part).pixels, tile[k], tile[tiling.padded + k], tile[2 * tiling.padded + k]);
+        }
+        first += count;
+      }
     });
     c.template modulate<float, false>(tiling, sample, modulation);
     for (int64_t k = 0; k < 3; ++k)

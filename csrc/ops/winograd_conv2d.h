@@ -14,6 +14,9 @@
 // channels, for which there are PATCH_NORM and WEIGHT_NORM. The norm of a transformed patch is no larger than that of the patch
 // times that of a row of the transformation, and so is bounded before there is anything to round.
 //
+// What the next normalisation needs of the result is put aside while it is written: mean and squared differences from it, of each
+// row of tiles and channel. A task then has whole rows of tiles.
+//
 // What is convolved may be made on the way: two images side by side, normalised, through SiLU. Then the rows that a row of
 // tiles reads are made first, into a ring of N of them, of which the next row of tiles finds two done.
 #pragma once
@@ -317,13 +320,14 @@ struct Convolution {
   int64_t bias_step;  // from sample to sample; 0: one bias for all
   const float* residual;
   float* y;
+  float* parts;  // [samples][down][mean, squares, count][outputs], or null
   int64_t down, across, depth, pitch, blocks;
 
   Convolution(int64_t height_, int64_t width_, int64_t inputs_, int64_t outputs_, int64_t doubled_, const Source& source_,
               const Word* packed_, const float* scale_, const float* bias_, int64_t bias_step_, const float* residual_,
-              float* y_)
+              float* y_, float* parts_ = nullptr)
       : height(height_), width(width_), inputs(inputs_), outputs(outputs_), doubled(doubled_), source(source_),
-        packed(packed_), scale(scale_), bias(bias_), bias_step(bias_step_), residual(residual_), y(y_),
+        packed(packed_), scale(scale_), bias(bias_), bias_step(bias_step_), residual(residual_), y(y_), parts(parts_),
         down(ceil_div(height_, M)), across(ceil_div(width_, M)), depth(PAIRED<Word> ? ceil_div(inputs_, 2) : inputs_),
         pitch(ceil_div(depth, 16) * 16), blocks(ceil_div(outputs_, BLOCK)) {}
 
@@ -521,16 +525,39 @@ struct Convolution {
           if (residual) prefetch_near(residual + to);
         }
       const vf b = shift ? block_load(shift + c, n) : vf{};
+      vf written[M * M];
       for (int i = 0; i < rows; ++i) {
         Minimal<M>::result(half + i * N, 1, out);
         const int64_t line = origin + i * width * outputs + c;
         for (int j = 0; j < columns; ++j) {
           const int64_t to = line + j * outputs;
-          const vf whole = PAIRED<Word> ? fma(out[j], splat(*unit), b) : out[j] + b;
-          block_store(y + to, residual ? whole + block_load(residual + to, n) : whole, n);
+          vf whole = PAIRED<Word> ? fma(out[j], splat(*unit), b) : out[j] + b;
+          if (residual) whole = whole + block_load(residual + to, n);
+          block_store(y + to, whole, n);
+          written[i * M + j] = whole;
         }
       }
+      if (parts) put_aside(at, written, rows, columns, parts + (at.sample * down + at.top / M) * 3 * outputs + first + c, n);
     });
+  }
+  // Adds the pixels of a tile to what is known of those left of it (Chan, Golub and LeVeque 1983).
+  INLINE void put_aside(const Place& at, const vf* pixels, int64_t rows, int64_t columns, float* part, int64_t n) const {
+    const float count = (float)(rows * columns), before = (float)(rows * at.left), whole = before + count;
+    vf mean{}, squares{};
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; ++j) mean += pixels[i * M + j];
+    mean = mean * (1 / count);
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; ++j) {
+        const vf off = pixels[i * M + j] - mean;
+        squares = fma(off, off, squares);
+      }
+    if (at.left) {
+      const vf off = mean - block_load(part, n);
+      mean = fma(off, splat(count / whole), block_load(part, n));
+      squares = fma(off * off, splat(before * count / whole), squares + block_load(part + outputs, n));
+    }
+    block_store(part, mean, n), block_store(part + outputs, squares, n), block_store(part + 2 * outputs, splat(whole), n);
   }
   INLINE void finish(int64_t tile, int64_t count, int64_t chunk, const Word* v, int64_t step, const float* units, float* m) const {
     if (PAIRED<Word> && fuses_pairs()) multiply<PAIRED<Word>>(count, chunk, v, step, m);
@@ -547,9 +574,9 @@ struct Convolution {
     else if (tiles) run_together(tiles, zeros, threads);
     delete[] zeros;
   }
-  // About so many tiles and at most `most`: where rows are made for them, whole rows of tiles, which share no other.
+  // About so many tiles and at most `most`: whole rows of tiles where rows are made for them or summed up.
   int64_t whole_rows(int64_t tiles, int64_t most) const {
-    return source.made() && across <= most ? min(ceil_div(tiles, across), most / across) * across : tiles;
+    return (source.made() || parts) && across <= most ? max(1, min(ceil_div(tiles, across), most / across)) * across : tiles;
   }
   void run_apart(int64_t tiles, int64_t strip, const float* zeros, int64_t threads) const {
     const int64_t step = patch_step(strip), chunks = ceil_div(outputs, CHUNK), ring = ring_size(strip);
@@ -566,14 +593,15 @@ struct Convolution {
   void run_together(int64_t tiles, const float* zeros, int64_t threads) const {
     constexpr int64_t FEW = 8, SOME = 16;  // tiles whose transformation is a task
     const int64_t most = max(1, SHARED_BYTES / (N * N * patch_step(TILES) * (int64_t)sizeof(Word)));
-    const int64_t group = min(ceil_div(tiles, TILES), most) * TILES, step = patch_step(group);
+    const int64_t wanted = min(ceil_div(tiles, TILES), most) * TILES, group = whole_rows(wanted, wanted), step = patch_step(group);
     const int64_t chunks = ceil_div(outputs, CHUNK);
     if (tiles * inputs * outputs < SERIAL) threads = 1;
     Word* v = (Word*)common_scratch().get(N * N * step + group);
     float* units = (float*)(v + N * N * step);
     const int64_t few = source.made() ? whole_rows(tiles >= 4 * SOME ? SOME : FEW, TILES) : FEW;
     for (int64_t first = 0; first < tiles; first += group) {
-      const int64_t count = min(group, tiles - first), strips = ceil_div(count, TILES), strip = ceil_div(count, strips);
+      const int64_t count = min(group, tiles - first);
+      const int64_t strip = whole_rows(ceil_div(count, ceil_div(count, TILES)), TILES), strips = ceil_div(count, strip);
       parallel_uneven(ceil_div(count, few), threads, [&](int64_t task) {
         const int64_t begin = task * few;
         transform(first + begin, min(few, count - begin), zeros, v + begin * pitch, step, units + begin,
@@ -661,11 +689,12 @@ inline void winograd_conv2d_pairs(int64_t tile, int64_t outputs, int64_t inputs,
 }
 
 // height and width are those of x; with `doubled`, y has twice both, and each pixel of x counts as 2 x 2. `own` of the input
-// channels are those of x, the others of skip. The transformed weights are floats, or, where there is a scale, pairs.
+// channels are those of x, the others of skip. The transformed weights are floats, or, where there is a scale, pairs. `parts`
+// may be null; 1x1 filters have none, nor have images of more than TILES tiles across.
 inline void winograd_conv2d(int64_t samples, int64_t height, int64_t width, int64_t inputs, int64_t own, const float* x,
                             const float* skip, const float* norm, int64_t silu, int64_t tile, int64_t outputs,
                             int64_t doubled, const void* packed, const float* scale, const float* bias, int64_t bias_step,
-                            const float* residual, float* y, int64_t threads) {
+                            const float* residual, float* y, float* parts, int64_t threads) {
   if (doubled) height *= 2, width *= 2;
   if (tile == 1 && !doubled) {  // nothing but rows of pixels
     width *= height, height = 1;
@@ -677,10 +706,10 @@ inline void winograd_conv2d(int64_t samples, int64_t height, int64_t width, int6
     const Word* u = (const Word*)packed;
     const auto go = [&](auto convolution) { convolution.run(samples, threads); };
     if (tile == 1)
-      go(Convolution<1, Word>(height, width, inputs, outputs, doubled, source, u, scale, bias, bias_step, residual, y));
+      go(Convolution<1, Word>(height, width, inputs, outputs, doubled, source, u, scale, bias, bias_step, residual, y, parts));
     else if (tile == 2)
-      go(Convolution<2, Word>(height, width, inputs, outputs, doubled, source, u, scale, bias, bias_step, residual, y));
-    else go(Convolution<4, Word>(height, width, inputs, outputs, doubled, source, u, scale, bias, bias_step, residual, y));
+      go(Convolution<2, Word>(height, width, inputs, outputs, doubled, source, u, scale, bias, bias_step, residual, y, parts));
+    else go(Convolution<4, Word>(height, width, inputs, outputs, doubled, source, u, scale, bias, bias_step, residual, y, parts));
   };
   if (scale) run((Pair*)nullptr);
   else run((float*)nullptr);

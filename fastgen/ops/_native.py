@@ -176,14 +176,17 @@ class Launch:
     pair2                   the same, each [samples, channels]
     groups                  a whole number given by the caller that divides the channels
     grouped                 [samples, groups, 3] in float32
+    parts1, parts2          [samples, P, 3, channels] in float32 of the first and of the one beside it, and P: two arguments
     norm                    [samples, 3, channels] in float32
     outputs, doubled        a whole number and a bool: the channels of the image that is made, and whether it has twice the
                             height and the width of the first
     bias                    [outputs], [1, outputs] or [samples, outputs], rows anywhere, and their distance or 0: two arguments
     image                   as the image that is made
+    side                    a whole number, the height of what counts as one part of the image that is made
     memory                  a tensor in any type and shape: that it is what the kernel expects, the caller knows
-    flag, whole, number     a bool, a whole number, a float given by the caller
+    flag, number            a bool, a float given by the caller
     >like, >wide, >row ..   the same (like, binned, knots, wide, row, grouped, norm, image), allocated here and returned
+    >parts                  [samples, parts, 3, outputs] in float32, allocated here and returned
     >pair1, >pair2          the same for those of the pair that are there, and None for the others: two arguments
     >first                  the first tensor given, written over and returned
     ======================  =============================================================================================
@@ -229,7 +232,7 @@ class Launch:
         fixed |= dict(zip(("height", "width"), first.shape[2:], strict=False))
         split: dict[str, Any] = {}
         pairs: dict[str, list[Any]] = {}
-        groups, image = 0, [rows, 0, *first.shape[2:]]
+        groups, side, image = 0, 1, [rows, 0, *first.shape[2:]]
         for word in self.words:
             if word in fixed or word.isdecimal():
                 flat.append(fixed[word] if word in fixed else int(word))
@@ -251,6 +254,9 @@ class Launch:
             elif word == ">norm":
                 outputs.append(first.new_empty(rows, 3, channels))
                 flat.append(outputs[-1])
+            elif word == ">parts":
+                outputs.append(first.new_empty(rows, -(-image[2] // side), 3, image[1]))
+                flat.append(outputs[-1])
             elif word == ">image":
                 outputs.append(torch.empty(image, dtype=first.dtype, memory_format=torch.channels_last))
                 flat.append(outputs[-1])
@@ -270,6 +276,10 @@ class Launch:
                 if word == "beside" and value is not None:
                     channels += value.shape[1]
                     flat[self.words.index("channels")] = channels
+                if word in ("parts1", "parts2"):
+                    flat.append(0 if value is None else value.shape[1])
+                if word == "side":
+                    side = value
                 if word == "outputs":
                     image[1] = value
                 if word == "doubled" and value:
@@ -295,14 +305,14 @@ class Chain:
 
     Args:
         steps: of each the launch and what it is given, a word each: "a0" the first argument of the chain, "r1" the first output
-            of its second launch; "true", "false", "none".
+            of its second launch, "s1" the second; "true", "false", "none".
     """
 
     def __init__(self, *steps: tuple[Launch, str]) -> None:
         self._steps = steps
 
     def attempt(self, *args: Any) -> Any:
-        """The first output of the last launch; None where one of them would take the long way, or there are gradients."""
+        """The outputs of the last launch, as a tuple; None where one would take the long way, or there are gradients."""
         if not ready():
             return None
         made = _extension.chain([launch.description for launch, _ in self._steps], [takes for _, takes in self._steps])

@@ -312,12 +312,12 @@ def group_norm_silu(
 
 
 COEFFICIENTS = _native.Launch(
-    "group_norm_coefficients", "rows channels pixels own like beside pair1 pair2 groups number >norm threads"
+    "group_norm_coefficients", "rows channels pixels own like beside parts1 parts2 pair1 pair2 groups number >norm threads"
 )
 _coefficients = _dispatch.raw_op(
     "group_norm_coefficients",
     "(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps) -> Tensor",
-    lambda *args: COEFFICIENTS(*args)[0],
+    lambda x, skip, *rest: COEFFICIENTS(x, skip, None, None, *rest)[0],
     lambda x, skip, *_: x.new_empty(x.shape[0], 3, x.shape[1] + (0 if skip is None else skip.shape[1])),
 )
 
@@ -352,7 +352,7 @@ def group_norm_coefficients(
     torch.Size([8, 3, 96])
     """
     if _dispatch.launch_mode(None, None) is not None:
-        made = COEFFICIENTS.attempt(x, skip, weight, bias, scale, shift, groups, eps)
+        made = COEFFICIENTS.attempt(x, skip, None, None, weight, bias, scale, shift, groups, eps)
         if made:
             return made[0]
     if skip is not None and (skip.shape[:1] != x.shape[:1] or skip.shape[2:] != x.shape[2:] or skip.dtype is not x.dtype):

@@ -182,10 +182,13 @@ def _result_like(x: Tensor, outputs: int, double: bool) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-CONVOLUTION = _native.Launch(
-    "winograd_conv2d",
-    "rows height width channels own like beside norm flag whole outputs doubled memory memory bias image >image threads",
-)
+_GIVEN = "rows height width channels own like beside norm flag side outputs doubled memory memory bias image"
+CONVOLUTION = _native.Launch("winograd_conv2d", f"{_GIVEN} >image null threads")
+CONVOLUTION_IN_PARTS = _native.Launch("winograd_conv2d", f"{_GIVEN} >image >parts threads")
+"""The same of 3x3 filters, and, for the normalisation that follows, mean, squared differences from it and number of pixels of
+each row of tiles and output channel: [N, rows, 3, O]."""
+WIDEST_IN_PARTS = 112
+"""Pixels across of the images that it makes at most."""
 _transformed = _dispatch.raw_op("winograd_conv2d_weight", "(Tensor weight, int tile) -> Tensor", _transform, _packed_like)
 _convolve = _dispatch.raw_op(
     "winograd_conv2d",

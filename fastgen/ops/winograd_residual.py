@@ -2,9 +2,10 @@
 
     h = conv(silu(norm(x)), first),    y = conv(silu(norm(h) * (1 + scale) + shift), second) + x, or + conv1x1(x, carry)
 
-Nothing here is computed otherwise than by :func:`fastgen.ops.group_norm_coefficients` and :func:`fastgen.ops.winograd_conv2d`,
-called one after the other. A network of a hundred layers works through more memory between two calls than the caches hold,
-and so meets Python's own code and data in slow memory every time: without it in between, a block takes a twentieth less.
+This is what :func:`fastgen.ops.group_norm_coefficients` and :func:`fastgen.ops.winograd_conv2d` compute, called one after the
+other, but that the sums of a normalisation are taken while the image is written, and not by reading it once more. A network
+of a hundred layers works through more memory between two calls than the caches hold, and so meets Python's own code and data
+in slow memory every time: here there is none in between.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from torch.nn import functional
 
 from fastgen.ops import _dispatch, _native
 from fastgen.ops.group_norm_silu import COEFFICIENTS, group_norm_coefficients
-from fastgen.ops.winograd_conv2d import CONVOLUTION, WinogradWeight, winograd_conv2d
+from fastgen.ops.winograd_conv2d import (
+    CONVOLUTION,
+    CONVOLUTION_IN_PARTS,
+    WIDEST_IN_PARTS,
+    WinogradWeight,
+    winograd_conv2d,
+)
 
 __all__ = ["NormedConvolution", "winograd_residual"]
 
@@ -32,18 +39,40 @@ class NormedConvolution(NamedTuple):
     eps: float
 
 
-def _chain(carried: bool) -> _native.Chain:
-    # x skip double scale shift; then six and four of each normed convolution; then four of the carry
-    first = (COEFFICIENTS, "a0 a1 a5 a6 none none a7 a8"), (CONVOLUTION, "a0 a1 r0 true a9 a10 a2 a11 a12 a13 none")
-    norm = COEFFICIENTS, "r1 none a14 a15 a3 a4 a16 a17"
-    second = "r1 none r2 true a18 a19 false a20 a21 a22"
-    if not carried:
-        return _native.Chain(*first, norm, (CONVOLUTION, f"{second} a0"))
-    carry = CONVOLUTION, "a0 a1 none false a23 a24 a2 a25 a26 a27 none"
-    return _native.Chain(*first, norm, carry, (CONVOLUTION, f"{second} r3"))
+_NAMES = """
+    x skip x_parts skip_parts double scale shift
+    weight1 norm_bias1 groups1 eps1 side1 outputs1 packed1 unit1 bias1
+    weight2 norm_bias2 groups2 eps2 side2 outputs2 packed2 unit2 bias2
+    side3 outputs3 packed3 unit3 bias3
+"""
 
 
-_chains = {carried: _chain(carried) for carried in (False, True)}
+def _chain(carried: bool, parts: bool) -> _native.Chain:
+    """The block as launches; with ``parts`` what normalisations need is put aside while images are written."""
+    convolve = CONVOLUTION_IN_PARTS if parts else CONVOLUTION
+    steps = [
+        (COEFFICIENTS, "x skip x_parts skip_parts weight1 norm_bias1 none none groups1 eps1"),
+        (convolve, "x skip r0 true side1 outputs1 double packed1 unit1 bias1 none"),
+        (COEFFICIENTS, f"r1 none {'s1' if parts else 'none'} none weight2 norm_bias2 scale shift groups2 eps2"),
+    ]
+    if carried:
+        steps.append((CONVOLUTION, "x skip none false side3 outputs3 double packed3 unit3 bias3 none"))
+    steps.append((convolve, f"r1 none r2 true side2 outputs2 false packed2 unit2 bias2 {'r3' if carried else 'x'}"))
+    places = {name: f"a{place}" for place, name in enumerate(_NAMES.split())}
+    return _native.Chain(*((launch, " ".join(places.get(word, word) for word in words.split())) for launch, words in steps))
+
+
+_chains = {(carried, parts): _chain(carried, parts) for carried in (False, True) for parts in (False, True)}
+
+
+def _parts_of(image: Tensor | None) -> Tensor | None:
+    """What a chain has put aside of an image, unless somebody wrote to it since."""
+    kept, version = getattr(image, "_parts", (None, None))
+    return kept if kept is not None and version == _version(image) else None
+
+
+def _version(image: Tensor | None) -> int | None:
+    return None if image is None or image.is_inference() else image._version
 
 
 def winograd_residual(
@@ -85,10 +114,15 @@ def winograd_residual(
     fits = all(weight.inputs == inputs for weight, inputs in zip(weights, expected, strict=False))
     if fits and not (double and carry is None) and x.numel() and _dispatch.launch_mode(None, None) is not None:
         carried = () if carry is None else (*_told(carry[0]), carry[1])
-        parts = *_flat(first), bias, *_flat(second), second.bias
-        made = _chains[carry is not None].attempt(x, skip, double, scale, shift, *parts, *carried)
+        given = *_flat(first), bias, *_flat(second), second.bias, *carried
+        in_parts = (2 if double else 1) * x.shape[3] <= WIDEST_IN_PARTS
+        chain = _chains[carry is not None, in_parts]
+        made = chain.attempt(x, skip, _parts_of(x), _parts_of(skip), double, scale, shift, *given)
         if made is not None:
-            return made
+            y = made[0]
+            if in_parts:
+                y._parts = made[1], _version(y)
+            return y
     norm = group_norm_coefficients(x, first.groups, first.norm_weight, first.norm_bias, skip=skip, eps=first.eps)
     h = winograd_conv2d(x, first.weight, bias, skip=skip, norm=norm, activation="silu", double=double)
     norm = group_norm_coefficients(

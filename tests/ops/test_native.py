@@ -328,8 +328,10 @@ def test_noise_lies_like_the_samples():
     assert launch.attempt(_channels_last(x0), rows, None, noise, False) is None
 
 
-CONVOLVE = "rows height width channels own like beside norm flag whole outputs doubled memory memory bias image >image threads"
-COEFFICIENTS = "rows channels pixels own like beside pair1 pair2 groups number >norm threads"
+CONVOLVE = (
+    "rows height width channels own like beside norm flag side outputs doubled memory memory bias image >image >parts threads"
+)
+COEFFICIENTS = "rows channels pixels own like beside parts1 parts2 pair1 pair2 groups number >norm threads"
 
 
 def _images():
@@ -341,10 +343,11 @@ def _images():
 
 def test_images_of_two_are_made():
     launch, arguments = _native.Launch("winograd_conv2d", CONVOLVE), _images()
-    (y,) = launch.attempt(*arguments)
+    y, parts = launch.attempt(*arguments)
     assert y.shape == (3, 5, 12, 14)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert _same((y,), launch._spelled_out(*arguments))
+    assert parts.shape == (3, 3, 3, 5)
+    assert _same((y, parts), launch._spelled_out(*arguments))
     for place in (1, 2, 9, 10):  # none of them is needed
         fewer = [*arguments]
         fewer[place] = None
@@ -385,15 +388,19 @@ def test_a_chain_passes_on_what_its_launches_put_out():
     x, skip, *_ = _images()
     packed, bias = ops.winograd_weight(torch.randn(5, 24, 3, 3)).packed, torch.randn(5)
     normalise, convolve = _native.Launch("group_norm_coefficients", COEFFICIENTS), _native.Launch("winograd_conv2d", CONVOLVE)
-    steps = (normalise, "a0 a1 none none none none a2 a3"), (convolve, "a0 a1 r0 true a4 a5 false a6 none a7 none")
+    steps = (normalise, "a0 a1 none none none none none none a2 a3"), (convolve, "a0 a1 r0 true a4 a5 false a6 none a7 none")
     chain = _native.Chain(*steps)
-    y = chain.attempt(x, skip, 4, 1e-5, 4, 5, packed, bias)
-    (norm,) = normalise.attempt(x, skip, None, None, None, None, 4, 1e-5)
-    assert _same((y,), convolve.attempt(x, skip, norm, True, 4, 5, False, packed, None, bias, None))
+    made = chain.attempt(x, skip, 4, 1e-5, 4, 5, packed, bias)
+    (norm,) = normalise.attempt(x, skip, *[None] * 6, 4, 1e-5)
+    assert _same(made, convolve.attempt(x, skip, norm, True, 4, 5, False, packed, None, bias, None))
     assert chain.attempt(x, skip, 5, 1e-5, 4, 5, packed, bias) is None  # groups that do not divide the channels
     assert chain.attempt(x, skip, 4, 1e-5, 4, 5, packed, bias.requires_grad_()) is None
     with pytest.raises(TypeError, match="a chain takes 8 arguments, got 2"):
         chain.attempt(x, skip)
+    again = normalise.attempt(made[0], None, made[1], *[None] * 5, 5, 1e-5)
+    torch.testing.assert_close(again, normalise.attempt(made[0], *[None] * 7, 5, 1e-5))
+    for other in (made[1][:2], made[1][:, :, :, :4], made[1][:, :, :2], made[1].double()):
+        assert normalise.attempt(made[0], None, other, *[None] * 5, 5, 1e-5) is None
     for takes, error in (("a0 a1", "does not fit its launches"), (steps[1][1].replace("r0", "r1"), "not yet there: r1")):
         with pytest.raises(ValueError, match=error):
             _native.Chain(steps[0], (convolve, takes)).attempt(x)

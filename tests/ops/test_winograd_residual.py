@@ -61,13 +61,72 @@ def test_chain_and_steps_are_the_block(dtype, joined, double, told, monkeypatch)
     bias = {"bias": draw(1, 40), "rows of a larger one": draw(3, 100)[:, 20:60]}.get(told)
     scale, shift = (draw(3, 40, seed=6), draw(3, 40, seed=7)) if told == "modulation" else (None, None)
     named = {"skip": skip, "bias": bias, "scale": scale, "shift": shift, "double": double}
-    y = winograd_residual(x, first[1], second[1], packed, **named)
     exact = block(x, skip, first, second, carry, bias, scale, shift, double)
-    assert (y - exact).norm() < (2e-6 if dtype is torch.float32 else 3e-3) * exact.norm()
+
+    def run(x):
+        y = winograd_residual(x, first[1], second[1], packed, **named)
+        assert (y - exact).norm() < (2e-6 if dtype is torch.float32 else 3e-3) * exact.norm()
+        return y
+
+    in_parts = run(x)
+    chained = not double or joined
+    assert chained == (own._parts_of(in_parts) is not None)
+    assert not chained or own._parts_of(in_parts).shape == (3, 5 if double else 3, 3, 40)
+    monkeypatch.setattr(own, "WIDEST_IN_PARTS", 0)
+    y = run(x)
+    assert own._parts_of(y) is None
+    if dtype is torch.float32:  # integers may be rounded another way
+        torch.testing.assert_close(in_parts, y, rtol=0, atol=2e-6 * exact.abs().max().item())
     for chain in own._chains.values():
         monkeypatch.setattr(chain, "attempt", lambda *args: None)
-    assert torch.equal(y, winograd_residual(x, first[1], second[1], packed, **named))
-    assert torch.equal(y, winograd_residual(x.contiguous(), first[1], second[1], packed, **named))
+    assert torch.equal(y, run(x))
+    assert torch.equal(y, run(x.contiguous()))
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("shape", [(2, 40, 64, 61), (3, 40, 13, 10), (1, 40, 1, 1), (9, 20, 5, 112)])  # strips; a task; a tile
+@pytest.mark.parametrize("double", [False, True])
+def test_parts_are_mean_and_squares_of_rows_of_tiles(isa, shape, double):
+    """Whatever the tile and the products; far from zero too; the same for any number of threads."""
+    launch, x = own.CONVOLUTION_IN_PARTS, image(*shape)
+    if double and shape[3] > 56:
+        return
+    before = torch.get_num_threads()
+    for tile in (2, 4):
+        for dtype in (torch.float32, torch.int16):
+            weight = winograd_weight(draw(37, shape[1], 3, 3, seed=1) / 20, tile, dtype=dtype)
+            residual = image(shape[0], 37, *((2 if double else 1) * size for size in shape[2:])) + 100
+            with _native.use_isa(isa):
+                found = []
+                for threads in (1, 2, 3):
+                    torch.set_num_threads(threads)
+                    given = None, None, False, tile, 37, double, weight.packed, weight.scale, draw(37), residual
+                    found.append(launch.attempt(x, *given))
+                torch.set_num_threads(before)
+            y, parts = found[0]
+            assert all(torch.equal(parts, others) for _, others in found)
+            rows = y.double().split(tile, 2)
+            assert parts.shape == (shape[0], len(rows), 3, 37)
+            for part, pixels in zip(parts.double().unbind(1), rows, strict=True):
+                spread, mean = torch.var_mean(pixels, (2, 3), correction=0)
+                count = pixels.shape[2] * pixels.shape[3]
+                assert (part[:, 2] == count).all()
+                torch.testing.assert_close(part[:, 0], mean, rtol=1e-6, atol=0)
+                torch.testing.assert_close(part[:, 1], spread * count, rtol=1e-4, atol=1e-5 * count)
+
+
+def test_what_was_written_to_since_is_read_again():
+    x, (_, first), (_, second) = image(2, 40, 9, 8), part(40, 40, 4, torch.float32, 10), part(40, 40, 8, torch.float32, 20)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            y = winograd_residual(x, first, second)
+            z = winograd_residual(y, first, second)
+            again = winograd_residual(y.clone(memory_format=torch.preserve_format), first, second)
+            torch.testing.assert_close(z, again, rtol=0, atol=1e-5 * z.abs().max().item())
+    y = winograd_residual(x, first, second)
+    y[:, :20] *= 3
+    assert own._parts_of(y) is None
+    assert torch.equal(winograd_residual(y, first, second), winograd_residual(y.clone(), first, second))
 
 
 def test_the_chain_serves_plain_tensors(monkeypatch):
