@@ -66,13 +66,9 @@ _chains = {(carried, parts): _chain(carried, parts) for carried in (False, True)
 
 
 def _parts_of(image: Tensor | None) -> Tensor | None:
-    """What a chain has put aside of an image, unless somebody wrote to it since."""
-    kept, version = getattr(image, "_parts", (None, None))
-    return kept if kept is not None and version == _version(image) else None
-
-
-def _version(image: Tensor | None) -> int | None:
-    return None if image is None or image.is_inference() else image._version
+    """What a chain has put aside of an image, unless somebody wrote to it since; inference tensors do not tell."""
+    parts, version = getattr(image, "_parts", (None, 0))
+    return None if image is None or parts is None or image._version != version else parts
 
 
 def winograd_residual(
@@ -120,8 +116,8 @@ def winograd_residual(
         made = chain.attempt(x, skip, _parts_of(x), _parts_of(skip), double, scale, shift, *given)
         if made is not None:
             y = made[0]
-            if in_parts:
-                y._parts = made[1], _version(y)
+            if in_parts and not y.is_inference():
+                y._parts = made[1], y._version
             return y
     norm = group_norm_coefficients(x, first.groups, first.norm_weight, first.norm_bias, skip=skip, eps=first.eps)
     h = winograd_conv2d(x, first.weight, bias, skip=skip, norm=norm, activation="silu", double=double)
