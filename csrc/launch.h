@@ -86,9 +86,9 @@ constexpr uint8_t INT = 0, FLOAT = 2, BFLOAT = 4;  // kDLInt, kDLFloat, kDLBfloa
 
 // What is asked of torch. Made on first use: importing the extension does not import torch.
 struct Torch {
-  PyObject *tensor, *parameter, *float32, *channels_last, *empty, *empty_like, *new_empty, *is_grad_enabled, *num_threads, *dispatch_modes, *transforms;
-  PyObject *requires_grad, *dtype_keyword, *image_keywords, *saved_tensors, *save_for_backward, *set_materialize_grads, *remembered;
-  PyObject *graph_is_kept, *hooks_of_saved;
+  PyObject *tensor, *parameter, *float32, *channels_last, *empty, *empty_like, *new_empty, *dtype_keyword, *image_keywords;
+  PyObject *is_grad_enabled, *num_threads, *dispatch_modes, *transforms, *requires_grad, *saved_tensors, *save_for_backward;
+  PyObject *set_materialize_grads, *remembered, *graph_is_kept, *hooks_of_saved;
   const dlpack::Exchange* exchange = nullptr;  // null where this torch has none
 
   static const Torch& get() {
@@ -202,7 +202,8 @@ class Launch {
     NEW_LIKE, NEW_BINNED, NEW_KNOTS, NEW_WIDE, NEW_ROW, NEW_PAIR1, NEW_PAIR2, NEW_GROUPED, NEW_NORM, NEW_IMAGE, NEW_PARTS, FIRST,
   };
   static constexpr const char* WORDS[] = {
-      "dtype", "rows", "event", "channels", "pixels", "height", "width", "last", "own", "bins", "threads", "null", "(literal)",  //
+      "dtype", "rows", "event", "channels", "pixels", "height", "width", "last", "own", "bins", "threads", "null",  //
+      "(literal)",  //
       "like", "like?", "beside", "binned", "knots", "wide", "row", "weights", "history", "table4", "table5", "key", "pair1",  //
       "pair2", "groups", "grouped", "parts1", "parts2", "norm", "bias", "image", "memory", "side", "outputs", "doubled",  //
       "flag", "number",  //

@@ -175,25 +175,25 @@ struct NormTiling {
       const int64_t fetched = min(tiles, max(1, AHEAD_BYTES / max(1, bytes * ceil_div(unit_size(), max(1, tiles)))));
       early = early && 2 * bytes * unit_size() <= AHEAD_BYTES;
       parallel_ranges(units, threads, [&](int64_t first, int64_t end) {
-        const Scratch scratch(size);
+        const Aligned scratch(size);
         for (int64_t unit = first; unit < end; ++unit) {
-          prepare(unit, scratch.at);
+          prepare(unit, scratch.data);
           const bool more = unit + 1 < end;
           for (int64_t tile = 0; tile < tiles; ++tile) {
             const bool last_tile = tile + 1 == tiles;
             const int64_t to_unit = early ? unit + 1 : unit, to_tile = early ? tile : tile + 1;
-            reduce(unit, tile, scratch.at, (early ? more : !last_tile) ? distance(unit, tile, to_unit, to_tile) : 0);
+            reduce(unit, tile, scratch.data, (early ? more : !last_tile) ? distance(unit, tile, to_unit, to_tile) : 0);
           }
-          finish(unit, scratch.at);
+          finish(unit, scratch.data);
           for (int64_t tile = tiles; tile-- > 0;)  // what was read last is nearest
-            apply(unit, tile, scratch.at,
+            apply(unit, tile, scratch.data,
                   more && !early && tile < fetched ? distance(unit, tile, unit + 1, fetched - 1 - tile) : 0);
         }
       });
       return;
     }
-    const Scratch scratch(units * size);
-    const auto of = [&](int64_t unit) { return scratch.at + unit * size; };
+    const Aligned scratch(units * size);
+    const auto of = [&](int64_t unit) { return scratch.data + unit * size; };
     parallel_for(units, 1, [&](int64_t unit) { prepare(unit, of(unit)); });
     parallel_for(units * tiles, threads, [&](int64_t i) { reduce(i / tiles, i % tiles, of(i / tiles), 0); });
     parallel_for(units, threads, [&](int64_t unit) { finish(unit, of(unit)); });
@@ -211,12 +211,6 @@ struct NormTiling {
   int64_t distance(int64_t unit, int64_t tile, int64_t to_unit, int64_t to_tile) const {
     return offset(to_unit, patch(to_tile)) - offset(unit, patch(tile));
   }
-  struct Scratch {  // vectors in it do not straddle cache lines
-    float *all, *at;
-    explicit Scratch(int64_t size) : all(new float[size + 16]), at(all + (64 - (size_t)all % 64) % 64 / sizeof(float)) {}
-    Scratch(const Scratch&) = delete;
-    ~Scratch() { delete[] all; }
-  };
 };
 
 // weight, bias [channels] and scale, shift [samples, channels] in two storage types; each may be missing.
@@ -767,13 +761,15 @@ inline void group_norm_coefficients(int64_t samples, int64_t channels, int64_t p
       for (const NormImage& image : images) {
         const int64_t count = image.channels, steps = !image.x ? 0 : image.known ? image.parts : tiling.tiles;
         for (int64_t part = 0; part < steps; ++part) {
-          const float* own_part = image.known + (sample * image.parts + part) * 3 * count;
-          const float* tile = all.data + sample * unit + part * moments + first;
-          if (image.known)
-            for (int64_t k = 0; k < count; ++k) add(first + k, own_part[2 * count + k], own_part[k], 0, own_part[count + k]);
-          else
+          if (image.known) {
+            const float* from = image.known + (sample * image.parts + part) * 3 * count;
+            for (int64_t k = 0; k < count; ++k) add(first + k, from[2 * count + k], from[k], 0, from[count + k]);
+          } else {
+            const float* from = all.data + sample * unit + part * moments + first;
+            const double size = (double)tiling.patch(part).pixels;
             for (int64_t k = 0; k < count; ++k)
-              add(first + k, (double)tiling.patch(part).pixels, tile[k], tile[tiling.padded + k], tile[2 * tiling.padded + k]);
+              add(first + k, size, from[k], from[tiling.padded + k], from[2 * tiling.padded + k]);
+          }
         }
         first += count;
       }

@@ -188,7 +188,7 @@ CONVOLUTION_IN_PARTS = _native.Launch("winograd_conv2d", f"{_GIVEN} >image >part
 """The same of 3x3 filters, and, for the normalisation that follows, mean, squared differences from it and number of pixels of
 each row of tiles and output channel: [N, rows, 3, O]."""
 WIDEST_IN_PARTS = 112
-"""Pixels across of the images that it makes at most."""
+"""Pixels across of the images that it makes at most: a row of tiles of 2 is one task of the kernel."""
 _transformed = _dispatch.raw_op("winograd_conv2d_weight", "(Tensor weight, int tile) -> Tensor", _transform, _packed_like)
 _convolve = _dispatch.raw_op(
     "winograd_conv2d",

@@ -5,7 +5,7 @@
 This is what :func:`fastgen.ops.group_norm_coefficients` and :func:`fastgen.ops.winograd_conv2d` compute, called one after the
 other, but that the sums of a normalisation are taken while the image is written, and not by reading it once more. A network
 of a hundred layers works through more memory between two calls than the caches hold, and so meets Python's own code and data
-in slow memory every time: here there is none in between.
+in slow memory every time: here there is none in between. It has no kernel of its own, on any device.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ def winograd_residual(
     """
     if skip is not None and carry is None:
         raise ValueError("what is carried needs a 1x1 convolution where there is a skip")
+    if 1 in (first.weight.tile, second.weight.tile) or (carry is not None and carry[0].tile != 1):
+        raise ValueError("first and second must be of 3x3 filters, what carries of 1x1")
     bias = first.bias if bias is None else bias
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     weights = (first.weight, second.weight) if carry is None else (first.weight, second.weight, carry[0])

@@ -144,9 +144,17 @@ def test_the_chain_serves_plain_tensors(monkeypatch):
 
 
 def test_bad_arguments_are_named():
+    one = winograd_weight(draw(40, 40, 1, 1))
     (_, first), (_, second) = part(40, 40, 4, torch.float32, 10), part(40, 40, 8, torch.float32, 20)
     with pytest.raises(ValueError, match="what is carried needs a 1x1 convolution where there is a skip"):
         winograd_residual(image(2, 24, 4, 4), first, second, skip=image(2, 16, 4, 4))
+    for wrong in (
+        (first._replace(weight=one), second),
+        (first, second._replace(weight=one)),
+        (first, second, (first.weight, None)),
+    ):
+        with pytest.raises(ValueError, match="first and second must be of 3x3 filters, what carries of 1x1"):
+            winograd_residual(image(2, 40, 4, 4), *wrong)
     with pytest.raises(ValueError, match=r"groups must divide the channels of x, got 4 for 39 channels"):
         winograd_residual(image(2, 39, 4, 4), first, second)
     with pytest.raises(ValueError, match=r"x must have shape \[N, 40, H, W\] like the weight, .*, got \[2, 44, 4, 4\]"):
