@@ -28,6 +28,29 @@ class _Distilled(InOrder):
     _cut: int | None = None
     """The time of a last step that does not end at the data."""
 
+    @recorded
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: Betas = None,
+        original_inference_steps: int = 50,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        timestep_scaling: float = 10.0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        self._build()
+
     def _build(self) -> None:
         super()._build()
         self.final_alpha_cumprod = torch.tensor(1.0) if self._arguments["set_alpha_to_one"] else self.alphas_cumprod[0]
@@ -94,29 +117,6 @@ class LCMScheduler(_Distilled):
 
     output = LCMSchedulerOutput
 
-    @recorded
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        beta_schedule: str = "scaled_linear",
-        trained_betas: Betas = None,
-        original_inference_steps: int = 50,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
-        timestep_scaling: float = 10.0,
-        rescale_betas_zero_snr: bool = False,
-    ) -> None:
-        self._build()
-
     def get_scalings_for_boundary_condition_discrete(self, timestep: Any) -> tuple[Any, Any]:
         """(c_skip, c_out) at a time, with which the estimate becomes the sample itself towards time 0."""
         time = timestep * self._arguments["timestep_scaling"]
@@ -170,29 +170,6 @@ class TCDScheduler(_Distilled):
 
     output = TCDSchedulerOutput
     _thresholds = False
-
-    @recorded
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        beta_schedule: str = "scaled_linear",
-        trained_betas: Betas = None,
-        original_inference_steps: int = 50,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
-        timestep_scaling: float = 10.0,
-        rescale_betas_zero_snr: bool = False,
-    ) -> None:
-        self._build()
 
     def _learned(self, original: int | None, strength: float) -> Tensor:
         # told how many there were upstream takes all of the chain's
