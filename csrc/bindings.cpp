@@ -70,6 +70,7 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   Py_BEGIN_ALLOW_THREADS
   Watch::get().run(*kernel, slots);
   Py_END_ALLOW_THREADS
+  if (fastgen::listener && !fastgen::tell(kernel->name, nullptr, args, count, Py_None)) return nullptr;
   Py_RETURN_NONE;
 }
 
@@ -169,6 +170,12 @@ py::object record(const Description& plain, const Description& forward, const De
   return function<record_call<&Record::attempt>>("record", self);
 }
 
+// From now on this thread tells `told` of its kernels; None: nobody. Returns whom it told before.
+py::object listen(const py::object& told) {
+  PyObject* const before = std::exchange(fastgen::listener, told.is_none() ? nullptr : Py_NewRef(told.ptr()));
+  return before ? py::reinterpret_steal<py::object>(before) : py::none();
+}
+
 // isa -> name -> function, for the instruction sets that this CPU can run, fastest first.
 py::dict tables() {
   py::dict out;
@@ -202,6 +209,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("launch", &launch);
   module.def("record", &record);
   module.def("chain", &chain);
+  module.def("listen", &listen);
   module.def("signatures", &signatures);
   module.def("restart_watch", [](bool on) { return Watch::get().restart(on); });
 }

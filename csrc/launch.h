@@ -52,6 +52,19 @@ class Watch {
   std::mutex mutex_;
 };
 
+// Whom this thread tells of the kernels that it runs, null for nobody: fastgen/nn/replay.py writes them down, in a dispatch mode
+// of torch that sees all else.
+inline thread_local PyObject* listener = nullptr;
+
+// Name and plan (null where the kernel was called as it is), arguments and outputs.
+inline bool tell(const char* name, const char* plan, PyObject* const* args, Py_ssize_t count, PyObject* outputs) {
+  const py::object given = py::reinterpret_steal<py::object>(PyTuple_New(count));
+  for (Py_ssize_t i = 0; i < count; ++i) PyTuple_SET_ITEM(given.ptr(), i, Py_NewRef(args[i]));
+  PyObject* const done = PyObject_CallFunction(listener, "zzOO", name, plan, given.ptr(), outputs);
+  Py_XDECREF(done);
+  return done;
+}
+
 // DLPack's C exchange interface, by which torch describes a tensor without Python code; https://dmlc.github.io/dlpack.
 namespace dlpack {
 
@@ -148,7 +161,7 @@ inline int64_t integer(PyObject* function) {
 class Launch {
  public:
   // `kernels`: the kernel in each instruction set, in the order that use_isa() counts.
-  Launch(std::vector<const Kernel*> kernels, const std::string& plan) : kernels_(std::move(kernels)) {
+  Launch(std::vector<const Kernel*> kernels, const std::string& plan) : kernels_(std::move(kernels)), plan_(plan) {
     std::istringstream words(plan);
     for (std::string word; words >> word;) {
       const auto found = std::find(std::begin(WORDS), std::end(WORDS), word);
@@ -188,6 +201,10 @@ class Launch {
     Py_END_ALLOW_THREADS
     PyObject* tuple = PyTuple_New(outputs);
     for (int i = 0; i < outputs; ++i) PyTuple_SET_ITEM(tuple, i, made[i]);
+    if (listener && !tell(kernels_[0]->name, plan_.c_str(), args, count, tuple)) {
+      Py_DECREF(tuple);
+      return nullptr;
+    }
     return tuple;
   }
 
@@ -313,7 +330,7 @@ class Launch {
 
   bool start(PyObject* first, Like& like) const {
     const Torch& torch = Torch::get();
-    if (integer(torch.dispatch_modes) != 0 || own(PyObject_CallNoArgs(torch.transforms)).ptr() != Py_False) return false;
+    if (integer(torch.dispatch_modes) != (listener ? 1 : 0) || own(PyObject_CallNoArgs(torch.transforms)).ptr() != Py_False) return false;
     const dlpack::Tensor& t = like.tensor;
     if (!read(first, like.tensor) || t.ndim == 0) return false;
     like.last = channels_last_ || (either_layout_ && !is_dense(t, false));
@@ -466,6 +483,7 @@ class Launch {
   }
 
   std::vector<const Kernel*> kernels_;
+  std::string plan_;
   std::vector<Word> words_;
   std::vector<int64_t> literals_;
   int inputs_ = 0;

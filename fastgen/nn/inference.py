@@ -16,6 +16,7 @@ from fastgen import ops
 from fastgen.nn.attention import Projection
 from fastgen.nn.conv import Conv2d
 from fastgen.nn.norm import GroupNorm
+from fastgen.nn.replay import Replay
 from fastgen.nn.resnet import ResBlock, Upsample, upsample
 from fastgen.nn.time import Conditioning
 
@@ -49,6 +50,9 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
       what they read, and a U-Net's skips are read where they lie: neither is stored. A residual block is one call
       (:func:`fastgen.ops.winograd_residual`). The projections of the time in residual blocks are one product for all of them.
       The process keeps up to 256 MB of memory that it frees.
+    * On a CPU the third call on inputs of a kind, and all after it, replay what the second did, kernel by kernel and without the
+      layers' Python code: see :class:`fastgen.nn.replay.Replay`, which also says which calls are not replayed. The copy must
+      not be changed.
     * ``compile=True`` compiles the copy whole instead (slow on the first call of each shape).
 
     Args:
@@ -87,6 +91,7 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
         for name, module in list(fast.named_modules()):
             if type(module) is ResBlock:
                 fast.set_submodule(name, PackedResBlock(module))
+        fast.forward = Replay(fast)
     return fast
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "choose",
     "differentiable_once",
     "explain",
+    "implementation",
     "info",
     "is_fast",
     "launch_mode",
@@ -227,6 +228,7 @@ def triton_module(name: str) -> Any:
 
 
 _library = torch.library.Library("fastgen", "FRAGMENT")
+_implementations: dict[Any, Callable[..., Any]] = {}
 
 
 def raw_op(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -239,6 +241,7 @@ def raw_op(name: str, schema: str, implementation: Callable[..., Any], fake: Cal
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
     registered = getattr(torch.ops.fastgen, name).default
+    _implementations[registered] = implementation
     is_compiling, modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 
     def call(*args: Any) -> Any:
@@ -247,6 +250,11 @@ def raw_op(name: str, schema: str, implementation: Callable[..., Any], fake: Cal
         return implementation(*args)
 
     return call
+
+
+def implementation(operator: Any) -> Callable[..., Any]:
+    """What an operator of :func:`raw_op` calls; any other operator is its own."""
+    return _implementations.get(operator, operator)
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:

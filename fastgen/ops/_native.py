@@ -11,6 +11,7 @@ a :class:`Chain` one call of several.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import math
 import os
@@ -28,6 +29,8 @@ __all__ = [
     "available_isas",
     "current_isa",
     "kernel",
+    "launch",
+    "listening",
     "missing",
     "ready",
     "use_isa",
@@ -142,6 +145,28 @@ def watched() -> Iterator[dict[str, float]]:
         seconds |= _extension.restart_watch(False)
 
 
+@contextlib.contextmanager
+def listening(told: Callable[..., None] | None) -> Iterator[None]:
+    """Within the block, ``told(kernel, plan, args, made)`` after each kernel that this thread runs: by a :class:`Launch`, with
+    its arguments and its outputs, or as it is, without a plan. None: nobody is told. Launches then expect one dispatch mode
+    of PyTorch to be at work, that of the listener, instead of none.
+    """
+    if not ready():
+        yield
+        return
+    before = _extension.listen(told)
+    try:
+        yield
+    finally:
+        _extension.listen(before)
+
+
+@functools.cache
+def launch(name: str, plan: str) -> Callable[..., Any]:
+    """:meth:`Launch.attempt` of a plan, as a function."""
+    return _extension.launch((name, plan))
+
+
 def kernel(name: str) -> Callable[..., Any]:
     """The CPU kernel of a name, for the instruction set in use."""
     ready()
@@ -208,7 +233,7 @@ class Launch:
         """
         if not ready():
             return None
-        self.attempt = _extension.launch(self.description)  # type: ignore[method-assign]
+        self.attempt = launch(*self.description)  # type: ignore[method-assign]
         return self.attempt(*args)
 
     @property
