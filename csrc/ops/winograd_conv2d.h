@@ -339,8 +339,13 @@ struct Convolution {
     int64_t sample, top, left;
   };
   INLINE Place place(int64_t tile) const {
-    if (tile < across) return {0, 0, tile * M};  // divisions would take as long as a 1x1 convolution of a pixel
     return {tile / (down * across), tile / across % down * M, tile % across * M};
+  }
+  // Of the next tile; divisions would take as long as a 1x1 convolution of a pixel.
+  INLINE Place after(Place at) const {
+    if ((at.left += M) < width) return at;
+    if ((at.top += M) < height) return {at.sample, at.top, 0};
+    return {at.sample + 1, 0, 0};
   }
 
   // Rows and columns of the image from which the patches of tiles beside each other are read.
@@ -412,18 +417,20 @@ struct Convolution {
   // Transforms the patches of `count` tiles, of each to v[i * step] for the N * N frequencies i, and their units. The ring has
   // room for what is made first, if anything is.
   INLINE void transform(int64_t first, int64_t count, const float* zeros, Word* v, int64_t step, float* units, Ring ring) const {
+    Place at = place(first);
     for (int64_t i = 0, beside = 0; i < count; ++i) {
-      const Place at = place(first + i);
       if (source.made() && --beside < 0) {
         beside = min((width - at.left - 1) / M, count - i - 1);
         make(at, beside + 1, ring);
       }
-      transform(first + i, at, zeros, v + i * pitch, step, units + i, ring);
+      const Place next = after(at);
+      transform(at, next, zeros, v + i * pitch, step, units + i, ring);
+      at = next;
     }
   }
 
-  // The same of one tile. Outside of the image it reads `zeros`.
-  INLINE void transform(int64_t tile, const Place& at, const float* zeros, Word* v, int64_t step, float* unit,
+  // The same of one tile, while it fetches the next. Outside of the image it reads `zeros`.
+  INLINE void transform(const Place& at, const Place& next, const float* zeros, Word* v, int64_t step, float* unit,
                         const Ring& ring) const {
     const int64_t shift = doubled ? 1 : 0, rows = height >> shift, columns = width >> shift;
     const bool made = source.made();
@@ -447,7 +454,7 @@ struct Convolution {
         if (inputs % 2) v[i * step + depth - 1].odd = 0;
       }
     }
-    const Place next = place(tile + 1);  // of its pixels, those that this tile does not read
+    // of the next tile's pixels, those that this one does not read
     const int64_t above = (next.top - PADDING) >> shift, beside = (next.left + PADDING) >> shift;
     const float* later = source.x + ((next.sample * rows + above) * columns + beside) * inputs;
     for_blocks(inputs, [&](int64_t c, int64_t n) {
@@ -495,13 +502,11 @@ struct Convolution {
       }
   }
 
-  // Transforms the products of a tile back, adds bias and residual, and writes what lies in the image.
-  INLINE void emit(int64_t tile, int64_t chunk, const float* m, const float* unit) const {
-    const Place at = place(tile);
+  // Transforms the products of a tile back, adds bias and residual, and writes what lies in the image; fetches lines of the next.
+  INLINE void emit(const Place& at, const Place& next, int64_t chunk, const float* m, const float* unit) const {
     const int64_t first = chunk * CHUNK, rows = min(M, height - at.top), columns = min(M, width - at.left);
     const int64_t origin = ((at.sample * height + at.top) * width + at.left) * outputs + first;
     const float* shift = bias ? bias + at.sample * bias_step + first : nullptr;
-    const Place next = place(tile + 1);  // where lines are fetched meanwhile
     const int64_t later = ((next.sample * height + next.top) * width + next.left) * outputs + first;
     for_blocks(min(CHUNK, outputs - first), [&](int64_t c, int64_t n) {
       vf d[N], half[M * N], out[M];
@@ -537,9 +542,10 @@ struct Convolution {
           written[i * M + j] = whole;
         }
       }
-      if (parts) put_aside(at, written, rows, columns, parts + (at.sample * down + at.top / M) * 3 * outputs + first + c, n);
+      if (parts && M > 1) put_aside(at, written, rows, columns, part_of(at) + first + c, n);
     });
   }
+  INLINE float* part_of(const Place& at) const { return parts + (at.sample * down + at.top / M) * 3 * outputs; }
   // Adds the pixels of a tile to what is known of those left of it (Chan, Golub and LeVeque 1983).
   INLINE void put_aside(const Place& at, const vf* pixels, int64_t rows, int64_t columns, float* part, int64_t n) const {
     const float count = (float)(rows * columns), before = (float)(rows * at.left), whole = before + count;
@@ -559,10 +565,33 @@ struct Convolution {
     }
     block_store(part, mean, n), block_store(part + outputs, squares, n), block_store(part + 2 * outputs, splat(whole), n);
   }
+  // The same of a row of pixels that has been written.
+  INLINE void put_row_aside(const Place& at, int64_t chunk) const {
+    const int64_t first = chunk * CHUNK;
+    const float* from = y + (at.sample * height + at.top) * width * outputs + first;
+    float* part = part_of(at) + first;
+    for_blocks(min(CHUNK, outputs - first), [&](int64_t c, int64_t n) {
+      vf mean{}, squares{};
+      for (int64_t j = 0; j < width; ++j) mean += block_load(from + j * outputs + c, n);
+      mean = mean * (1 / (float)width);
+      for (int64_t j = 0; j < width; ++j) {
+        const vf off = block_load(from + j * outputs + c, n) - mean;
+        squares = fma(off, off, squares);
+      }
+      block_store(part + c, mean, n), block_store(part + outputs + c, squares, n);
+      block_store(part + 2 * outputs + c, splat((float)width), n);
+    });
+  }
   INLINE void finish(int64_t tile, int64_t count, int64_t chunk, const Word* v, int64_t step, const float* units, float* m) const {
     if (PAIRED<Word> && fuses_pairs()) multiply<PAIRED<Word>>(count, chunk, v, step, m);
     else multiply<false>(count, chunk, v, step, m);
-    for (int64_t i = 0; i < count; ++i) emit(tile + i, chunk, m + i * CHUNK, units + i);
+    Place at = place(tile);
+    for (int64_t i = 0; i < count; ++i) {
+      const Place next = after(at);
+      emit(at, next, chunk, m + i * CHUNK, units + i);
+      if (M == 1 && parts && next.left == 0) put_row_aside(at, chunk);
+      at = next;
+    }
   }
 
   // With many tiles a thread transforms those of its own tasks. With few, and so mostly with many channels, all transform
@@ -690,13 +719,13 @@ inline void winograd_conv2d_pairs(int64_t tile, int64_t outputs, int64_t inputs,
 
 // height and width are those of x; with `doubled`, y has twice both, and each pixel of x counts as 2 x 2. `own` of the input
 // channels are those of x, the others of skip. The transformed weights are floats, or, where there is a scale, pairs. `parts`
-// may be null; 1x1 filters have none, nor have images of more than TILES tiles across.
+// may be null; images of more than TILES tiles across have none.
 inline void winograd_conv2d(int64_t samples, int64_t height, int64_t width, int64_t inputs, int64_t own, const float* x,
                             const float* skip, const float* norm, int64_t silu, int64_t tile, int64_t outputs,
                             int64_t doubled, const void* packed, const float* scale, const float* bias, int64_t bias_step,
                             const float* residual, float* y, float* parts, int64_t threads) {
   if (doubled) height *= 2, width *= 2;
-  if (tile == 1 && !doubled) {  // nothing but rows of pixels
+  if (tile == 1 && !doubled && !parts) {  // nothing but rows of pixels
     width *= height, height = 1;
     if (bias_step == 0 && !norm) width *= samples, samples = 1;
   }

@@ -60,20 +60,30 @@ class Attention(nn.Module):
             zero(self.out)
 
     def forward(self, x: Tensor, context: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        n, tokens, channels = x.shape
+        return self.out(self.attend(self.first(x), context), residual)
+
+    @property
+    def first(self) -> Projection:
+        """The projection of x."""
+        return self.to_rest if self.to_query is None else self.to_query
+
+    def attend(self, projected: Tensor, context: Tensor | None = None) -> Tensor:
+        """Attention of ``first`` of the tokens: [N, T, channels or 3 channels] -> [N, T, channels]."""
+        n, tokens, _ = projected.shape
         if self.to_query is None:
-            query, key, value = self.to_rest(x).view(n, tokens, 3, self.heads, -1).unbind(2)
+            query, key, value = projected.view(n, tokens, 3, self.heads, -1).unbind(2)
         else:
             if context is None:
                 raise ValueError("cross-attention needs a context")
-            query = self.to_query(x).view(n, tokens, self.heads, -1)
-            both = self.to_rest(context.to(x.dtype)).view(*context.shape[:2], 2, self.heads, -1)
+            query = projected.view(n, tokens, self.heads, -1)
+            both = self.to_rest(context.to(projected.dtype)).view(*context.shape[:2], 2, self.heads, -1)
             key, value = both.expand(n, -1, -1, -1, -1).unbind(2)
         if ops.attention_serves(query):
             h = ops.attention(query, key, value)
         else:
-            h = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value))).transpose(1, 2)
-        return self.out(h.reshape(n, tokens, channels), residual)
+            query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+            h = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        return h.reshape(n, tokens, -1)
 
 
 class ImageAttention(nn.Module):

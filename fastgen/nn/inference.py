@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import ops
-from fastgen.nn.attention import Projection
+from fastgen.nn.attention import ImageAttention, Projection
 from fastgen.nn.conv import Conv2d
 from fastgen.nn.norm import GroupNorm
 from fastgen.nn.replay import Replay
@@ -50,7 +50,7 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
       what they read, and a U-Net's skips are read where they lie: neither is stored. A residual block is one call
       (:func:`fastgen.ops.winograd_residual`). The projections of the time in residual blocks are one product for all of them.
       The process keeps up to 256 MB of memory that it frees.
-    * On a CPU the third call on inputs of a kind, and all after it, replay what the second did, kernel by kernel and without the
+    * On a CPU the third call on inputs of a kind and all after it replay what the second did, kernel by kernel and without the
       layers' Python code: see :class:`fastgen.nn.replay.Replay`, which also says which calls are not replayed. The copy must
       not be changed.
     * ``compile=True`` compiles the copy whole instead (slow on the first call of each shape).
@@ -91,6 +91,8 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
         for name, module in list(fast.named_modules()):
             if type(module) is ResBlock:
                 fast.set_submodule(name, PackedResBlock(module))
+            elif type(module) is ImageAttention and products is torch.int16:
+                fast.set_submodule(name, PackedImageAttention(module))
         fast.forward = Replay(fast)
     return fast
 
@@ -265,7 +267,9 @@ class PackedConv2d(nn.Module):
         if weight is not None:
             bias = self.bias_with(shift)
             own, activation = (None, None) if norm is None else (norm.coefficients(x, *modulation, skip=skip), norm.activation)
-            return ops.winograd_conv2d(x, weight, bias, residual, double=double, skip=skip, norm=own, activation=activation)
+            return ops.winograd_conv2d(
+                x, weight, bias, residual, double=double, skip=skip, norm=own, activation=activation, aside=True
+            )
         x = x if skip is None else torch.cat([x, skip], 1)
         x = x if norm is None else norm(x, *modulation)
         return self._plain(upsample(x) if double else x, shift, residual)
@@ -347,6 +351,28 @@ class PackedResBlock(nn.Module):
         return normed(first, block.conv1, block.norm1), normed(second, block.conv2, block.norm2), carried
 
 
+class PackedImageAttention(nn.Module):
+    """:class:`fastgen.nn.attention.ImageAttention` for evaluation: its projections of tokens are 1x1 convolutions of the image,
+    the first of which normalises what it reads.
+    """
+
+    def __init__(self, block: ImageAttention) -> None:
+        super().__init__()
+        self.block: Any = block  # its projections are packed
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        block, attention = self.block, self.block.attention
+        weights = [projection.filters.serve(x) for projection in (attention.first, attention.out)]
+        if None in weights:
+            return block(x, context)
+        norm = None if block.norm is None else block.norm.coefficients(x)
+        h = ops.winograd_conv2d(x, weights[0], attention.first.bias, norm=norm)
+        h = attention.attend(h.permute(0, 2, 3, 1).flatten(1, 2), context)
+        h = h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        h = ops.winograd_conv2d(h, weights[1], attention.out.bias, x, aside=True)
+        return h if block.divisor == 1 else h / block.divisor
+
+
 class PackedUpsample(nn.Module):
     """:class:`fastgen.nn.resnet.Upsample` without the doubled image: by minimal filtering, or as one transposed convolution
     (the 3x3 kernel run over the 2x2 copies of a pixel is a 4x4 kernel of stride 2, with 4 products for every 9). Small
@@ -368,7 +394,7 @@ class PackedUpsample(nn.Module):
             return self.plain(x, embedding, size)
         weight = self.filters.serve(x, double=True)
         if weight is not None:
-            return ops.winograd_conv2d(x, weight, self.bias, double=True)
+            return ops.winograd_conv2d(x, weight, self.bias, double=True, aside=True)
         if height * width < self.pixels:
             return self.plain(x, embedding, size)
         if self.weight is None:

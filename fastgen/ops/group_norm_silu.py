@@ -314,6 +314,22 @@ def group_norm_silu(
 COEFFICIENTS = _native.Launch(
     "group_norm_coefficients", "rows channels pixels own like beside parts1 parts2 pair1 pair2 groups number >norm threads"
 )
+
+
+def note_parts(image: Tensor, parts: Tensor) -> None:
+    """Notes on an image what was put aside of it while it was written: [N, P, 3, C], mean, squared differences from it and
+    number of pixels of each of P parts. Inference tensors, which do not tell whether they are written to, take none.
+    """
+    if not image.is_inference():
+        image._parts = parts, image._version  # type: ignore[attr-defined]
+
+
+def parts_of(image: Tensor | None) -> Tensor | None:
+    """What :func:`note_parts` noted; None if there is nothing, or if somebody wrote to the image since."""
+    parts, version = getattr(image, "_parts", (None, 0))
+    return None if image is None or parts is None or image._version != version else parts
+
+
 _coefficients = _dispatch.raw_op(
     "group_norm_coefficients",
     "(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps) -> Tensor",
@@ -352,7 +368,7 @@ def group_norm_coefficients(
     torch.Size([8, 3, 96])
     """
     if _dispatch.launch_mode(None, None) is not None:
-        made = COEFFICIENTS.attempt(x, skip, None, None, weight, bias, scale, shift, groups, eps)
+        made = COEFFICIENTS.attempt(x, skip, parts_of(x), parts_of(skip), weight, bias, scale, shift, groups, eps)
         if made:
             return made[0]
     if skip is not None and (skip.shape[:1] != x.shape[:1] or skip.shape[2:] != x.shape[2:] or skip.dtype is not x.dtype):

@@ -46,6 +46,7 @@ from torch import Tensor
 
 from fastgen.ops import _dispatch, _native
 from fastgen.ops._spec import OpSpec
+from fastgen.ops.group_norm_silu import note_parts
 
 __all__ = [
     "WinogradWeight",
@@ -185,10 +186,15 @@ def _result_like(x: Tensor, outputs: int, double: bool) -> Tensor:
 _GIVEN = "rows height width channels own like beside norm flag side outputs doubled memory memory bias image"
 CONVOLUTION = _native.Launch("winograd_conv2d", f"{_GIVEN} >image null threads")
 CONVOLUTION_IN_PARTS = _native.Launch("winograd_conv2d", f"{_GIVEN} >image >parts threads")
-"""The same of 3x3 filters, and, for the normalisation that follows, mean, squared differences from it and number of pixels of
-each row of tiles and output channel: [N, rows, 3, O]."""
-WIDEST_IN_PARTS = 112
-"""Pixels across of the images that it makes at most: a row of tiles of 2 is one task of the kernel."""
+"""The same, and, for the normalisation that follows, mean, squared differences from it and number of pixels of each row of
+tiles and output channel: [N, rows, 3, O]. See :func:`in_parts`."""
+
+
+def in_parts(tile: int, width: int) -> bool:
+    """Whether an image so wide can be made in parts: a row of tiles must be one task of the kernel."""
+    return -(-width // tile) <= 56
+
+
 _transformed = _dispatch.raw_op("winograd_conv2d_weight", "(Tensor weight, int tile) -> Tensor", _transform, _packed_like)
 _convolve = _dispatch.raw_op(
     "winograd_conv2d",
@@ -363,6 +369,7 @@ def winograd_conv2d(
     skip: Tensor | None = None,
     norm: Tensor | None = None,
     activation: str | None = None,
+    aside: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Convolve images with 3x3 filters, stride 1, padding 1, by minimal filtering; add a bias and a residual in the same pass.
@@ -378,6 +385,8 @@ def winograd_conv2d(
             there are gradients.
         norm: [N, 3, C] of :func:`fastgen.ops.group_norm_coefficients`: convolve (x - center) * slope + level.
         activation: "silu": convolve SiLU of that.
+        aside: put aside, while the result is written, what a normalisation of it needs, where a transformed weight's kernel
+            can: :func:`fastgen.ops.group_norm_coefficients` will find it and not read the result.
         backend: None, "reference" or "cpp".
 
     Returns:
@@ -393,8 +402,11 @@ def winograd_conv2d(
         packed, scale, outputs, inputs, tile = weight  # type: ignore[assignment]
         how = activation == "silu", tile, outputs, double, packed, scale
         if _dispatch.launch_mode(backend, None) is not None and _fits(x, skip, inputs) and activation in (None, "silu"):
-            made = CONVOLUTION.attempt(x, skip, norm, *how, bias, residual)
+            aside = aside and in_parts(tile, (2 if double else 1) * x.shape[3])
+            made = (CONVOLUTION_IN_PARTS if aside else CONVOLUTION).attempt(x, skip, norm, *how, bias, residual)
             if made:
+                if aside:
+                    note_parts(*made)
                 return made[0]
         _checked(x, outputs, inputs, bias, residual, double, skip, norm, activation)
         _dispatch.choose(SPEC, "cpp", x)

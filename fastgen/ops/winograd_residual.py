@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastgen.ops import _dispatch, _native
-from fastgen.ops.group_norm_silu import COEFFICIENTS, group_norm_coefficients
+from fastgen.ops.group_norm_silu import COEFFICIENTS, group_norm_coefficients, note_parts, parts_of
 from fastgen.ops.winograd_conv2d import (
     CONVOLUTION,
     CONVOLUTION_IN_PARTS,
-    WIDEST_IN_PARTS,
     WinogradWeight,
+    in_parts,
     winograd_conv2d,
 )
 
@@ -63,12 +63,6 @@ def _chain(carried: bool, parts: bool) -> _native.Chain:
 
 
 _chains = {(carried, parts): _chain(carried, parts) for carried in (False, True) for parts in (False, True)}
-
-
-def _parts_of(image: Tensor | None) -> Tensor | None:
-    """What a chain has put aside of an image, unless somebody wrote to it since; inference tensors do not tell."""
-    parts, version = getattr(image, "_parts", (None, 0))
-    return None if image is None or parts is None or image._version != version else parts
 
 
 def winograd_residual(
@@ -113,14 +107,14 @@ def winograd_residual(
     if fits and not (double and carry is None) and x.numel() and _dispatch.launch_mode(None, None) is not None:
         carried = () if carry is None else (*_told(carry[0]), carry[1])
         given = *_flat(first), bias, *_flat(second), second.bias, *carried
-        in_parts = (2 if double else 1) * x.shape[3] <= WIDEST_IN_PARTS
-        chain = _chains[carry is not None, in_parts]
-        made = chain.attempt(x, skip, _parts_of(x), _parts_of(skip), double, scale, shift, *given)
+        width = (2 if double else 1) * x.shape[3]
+        aside = in_parts(first.weight.tile, width) and in_parts(second.weight.tile, width)
+        chain = _chains[carry is not None, aside]
+        made = chain.attempt(x, skip, parts_of(x), parts_of(skip), double, scale, shift, *given)
         if made is not None:
-            y = made[0]
-            if in_parts and not y.is_inference():
-                y._parts = made[1], y._version
-            return y
+            if aside:
+                note_parts(*made)
+            return made[0]
     norm = group_norm_coefficients(x, first.groups, first.norm_weight, first.norm_bias, skip=skip, eps=first.eps)
     h = winograd_conv2d(x, first.weight, bias, skip=skip, norm=norm, activation="silu", double=double)
     norm = group_norm_coefficients(

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgen.ops import NormedConvolution, _native, winograd_residual, winograd_weight
+from fastgen.ops import NormedConvolution, _native, group_norm_coefficients, winograd_conv2d, winograd_residual, winograd_weight
+from fastgen.ops.group_norm_silu import parts_of
+from fastgen.ops.winograd_conv2d import in_parts
 
 own = sys.modules["fastgen.ops.winograd_residual"]
 pytestmark = pytest.mark.skipif(_native.missing() is not None, reason="no compiled kernels")
@@ -70,11 +72,11 @@ def test_chain_and_steps_are_the_block(dtype, joined, double, told, monkeypatch)
 
     in_parts = run(x)
     chained = not double or joined
-    assert chained == (own._parts_of(in_parts) is not None)
-    assert not chained or own._parts_of(in_parts).shape == (3, 5 if double else 3, 3, 40)
-    monkeypatch.setattr(own, "WIDEST_IN_PARTS", 0)
+    assert chained == (parts_of(in_parts) is not None)
+    assert not chained or parts_of(in_parts).shape == (3, 5 if double else 3, 3, 40)
+    monkeypatch.setattr(own, "in_parts", lambda *_: False)
     y = run(x)
-    assert own._parts_of(y) is None
+    assert parts_of(y) is None
     if dtype is torch.float32:  # integers may be rounded another way
         torch.testing.assert_close(in_parts, y, rtol=0, atol=2e-6 * exact.abs().max().item())
     for chain in own._chains.values():
@@ -84,17 +86,21 @@ def test_chain_and_steps_are_the_block(dtype, joined, double, told, monkeypatch)
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())
-@pytest.mark.parametrize("shape", [(2, 40, 64, 61), (3, 40, 13, 10), (1, 40, 1, 1), (9, 20, 5, 112)])  # strips; a task; a tile
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 40, 64, 61), (3, 40, 13, 10), (1, 40, 1, 1), (9, 20, 5, 112), (3, 70, 30, 56)],  # strips; a task; a tile; many 1x1
+)
 @pytest.mark.parametrize("double", [False, True])
 def test_parts_are_mean_and_squares_of_rows_of_tiles(isa, shape, double):
     """Whatever the tile and the products; far from zero too; the same for any number of threads."""
     launch, x = own.CONVOLUTION_IN_PARTS, image(*shape)
-    if double and shape[3] > 56:
-        return
     before = torch.get_num_threads()
-    for tile in (2, 4):
+    for tile in (1, 2, 4):
+        if not in_parts(tile, (2 if double else 1) * shape[3]):
+            continue
         for dtype in (torch.float32, torch.int16):
-            weight = winograd_weight(draw(37, shape[1], 3, 3, seed=1) / 20, tile, dtype=dtype)
+            side = 1 if tile == 1 else 3
+            weight = winograd_weight(draw(37, shape[1], side, side, seed=1) / 20, max(tile, 2), dtype=dtype)
             residual = image(shape[0], 37, *((2 if double else 1) * size for size in shape[2:])) + 100
             with _native.use_isa(isa):
                 found = []
@@ -115,6 +121,20 @@ def test_parts_are_mean_and_squares_of_rows_of_tiles(isa, shape, double):
                 torch.testing.assert_close(part[:, 1], spread * count, rtol=1e-4, atol=1e-5 * count)
 
 
+@torch.no_grad()
+def test_a_convolution_tells_the_normalisation():
+    x, weight = image(2, 40, 9, 8), winograd_weight(draw(37, 40, 1, 1, seed=1))
+    y, plain = winograd_conv2d(x, weight, aside=True), winograd_conv2d(x, weight)
+    assert torch.equal(y, plain)
+    assert parts_of(y).shape == (2, 9, 3, 37)
+    assert parts_of(plain) is None
+    assert parts_of(winograd_conv2d(image(1, 40, 2, 57), weight, aside=True)) is None  # wider than a task
+    told, read = group_norm_coefficients(y, 1), group_norm_coefficients(plain, 1)
+    torch.testing.assert_close(told, read, rtol=1e-6, atol=1e-7)
+    y._parts = 2 * y._parts[0], y._version  # that it is used
+    assert not torch.allclose(group_norm_coefficients(y, 1), read)
+
+
 def test_what_was_written_to_since_is_read_again():
     x, (_, first), (_, second) = image(2, 40, 9, 8), part(40, 40, 4, torch.float32, 10), part(40, 40, 8, torch.float32, 20)
     for context in (torch.no_grad, torch.inference_mode):
@@ -123,10 +143,10 @@ def test_what_was_written_to_since_is_read_again():
             z = winograd_residual(y, first, second)
             again = winograd_residual(y.clone(), first, second)
             torch.testing.assert_close(z, again, rtol=0, atol=1e-5 * z.abs().max().item())
-            assert (own._parts_of(y) is None) == y.is_inference()
+            assert (parts_of(y) is None) == y.is_inference()
     y = winograd_residual(x, first, second)
     y[:, :20] *= 3
-    assert own._parts_of(y) is None
+    assert parts_of(y) is None
     assert torch.equal(winograd_residual(y, first, second), winograd_residual(y.clone(), first, second))
 
 
