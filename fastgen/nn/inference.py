@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -77,24 +77,36 @@ def optimize(network: nn.Module, *, dtype: torch.dtype | None = None, compile: b
     if compile:
         return cast(nn.Module, torch.compile(fast, fullgraph=True))
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
-        for name, module in list(fast.named_modules()):
-            if isinstance(module, Upsample) and dtype == torch.float32:
-                fast.set_submodule(name, PackedUpsample(module, products))
+        if dtype == torch.float32:
+            _exchange(fast, lambda module: PackedUpsample(module, products) if isinstance(module, Upsample) else None)
         _share_projections(fast)
         _keep_freed_memory()
         told = {own for module in fast.modules() if isinstance(module, Conditioning) for own in module.modules()}
-        for name, module in list(fast.named_modules()):
+
+        def layer(module: nn.Module) -> nn.Module | None:
             if type(module) is Conv2d:
-                fast.set_submodule(name, PackedConv2d(module, products))
-            elif type(module) is Projection or (type(module) is nn.Linear and products is torch.int16 and module not in told):
-                fast.set_submodule(name, PackedLinear(module, products))
-        for name, module in list(fast.named_modules()):
+                return PackedConv2d(module, products)
+            if type(module) is Projection or (type(module) is nn.Linear and products is torch.int16 and module not in told):
+                return PackedLinear(module, products)
+            return None
+
+        def block(module: nn.Module) -> nn.Module | None:
             if type(module) is ResBlock:
-                fast.set_submodule(name, PackedResBlock(module))
-            elif type(module) is ImageAttention and products is torch.int16:
-                fast.set_submodule(name, PackedImageAttention(module))
+                return PackedResBlock(module)
+            return PackedImageAttention(module) if type(module) is ImageAttention and products is torch.int16 else None
+
+        _exchange(fast, layer)
+        _exchange(fast, block)
         fast.forward = Replay(fast)
     return fast
+
+
+def _exchange(network: nn.Module, made_of: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Put what is made of them in the place of the network's layers, but of those of which None is."""
+    for name, module in list(network.named_modules()):
+        made = made_of(module) if name else None
+        if made is not None:
+            network.set_submodule(name, made)
 
 
 KEPT_BYTES = 256 << 20

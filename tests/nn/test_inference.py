@@ -10,10 +10,11 @@ from torch import nn
 
 from fastgen import ops
 from fastgen.nn import inference
-from fastgen.nn.attention import Projection
+from fastgen.nn.attention import ImageAttention, Projection
 from fastgen.nn.autoencoder import ImageDecoder, ImageEncoder
 from fastgen.nn.inference import (
     PackedConv2d,
+    PackedImageAttention,
     PackedLinear,
     PackedResBlock,
     PackedUpsample,
@@ -23,6 +24,7 @@ from fastgen.nn.inference import (
     relative_error,
 )
 from fastgen.nn.resnet import ResBlock, Upsample
+from fastgen.ops.group_norm_silu import parts_of
 from tests.nn.networks import FULL, KINDS, build, inputs, randomise
 
 every = pytest.mark.parametrize("kind", KINDS)
@@ -163,6 +165,26 @@ def test_residual_blocks_of_two_images(modulation, resample, size):
             torch.testing.assert_close(plain(x, told, wanted, skip), expected)
             torch.testing.assert_close(packed(x, told, wanted, skip), expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(packed(both, told, wanted), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not ops.winograd_pairs(), reason="no fast products of integers")
+@pytest.mark.parametrize("options", [{}, {"heads": 8}, {"context": 5}, {"groups": 0}, {"divisor": 2.0}], ids=str)
+@pytest.mark.parametrize("size", [(16, 16), (5, 3), (2, 60), (1, 1)])  # rows that are summed up, and longer ones; few pixels
+@torch.no_grad()
+def test_attention_over_images(options, size):
+    block = randomise(ImageAttention(64, **options)).eval()
+    fast = optimize(block, dtype=torch.bfloat16)
+    assert isinstance(optimize(nn.Sequential(block), dtype=torch.bfloat16)[0], PackedImageAttention)
+    packed = PackedImageAttention(optimize(block, dtype=torch.bfloat16))
+    x = torch.randn(3, 64, *size).contiguous(memory_format=torch.channels_last)
+    context = torch.randn(3, 4, 5) if "context" in options else None
+    expected = block(x, context)
+    for given in (x, x.contiguous()):
+        for network in (fast, packed):
+            y = network(given, context)
+            assert (y - expected).norm() < 2e-3 * expected.norm()
+    served = 3 * size[0] * size[1] >= 64
+    assert (parts_of(packed(x, context)) is not None) == (served and size[1] <= 56 and "divisor" not in options)
 
 
 @torch.no_grad()
