@@ -12,7 +12,10 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
+import linecache
 import math
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -56,13 +59,22 @@ class _Mark(NamedTuple):
 class _Writer(TorchDispatchMode):
     """Writes down what happens while it is on: PyTorch's operators as a dispatch mode, launches as their listener."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.lines: list[_Line] = []
         self.constants: dict[str, Any] = {}
         self._spelled: dict[int, str] = {}  # by id; the constants live as long
         self._me = object()
-        self._names = 0
+        self._names = set(inputs)
+        for name, tensor in inputs.items():
+            tensor._mark = _Mark(self._me, _Name(name), None)  # type: ignore[attr-defined]
+
+    def _new(self, kind: str) -> _Name:
+        number = len(self._names)
+        while f"{kind}{number}" in self._names:
+            number += 1
+        self._names.add(name := _Name(f"{kind}{number}"))
+        return name
 
     def mark_of(self, tensor: Tensor) -> _Mark | None:
         """None for a tensor that was there before."""
@@ -74,14 +86,14 @@ class _Writer(TorchDispatchMode):
 
     def name(self, tensor: Tensor, root: _Name | None = None, *, own: bool = False) -> _Name:
         """A new name; ``own``: the tensor is its own root."""
-        name = _Name(f"t{self._names}")
-        self._names += 1
+        name = self._new("t")
         tensor._mark = _Mark(self._me, name, name if own else root)  # type: ignore[attr-defined]
         return name
 
-    def _constant(self, value: Any) -> str:
+    def _constant(self, value: Any, kind: str = "c") -> str:
+        """The name of what is there already."""
         if id(value) not in self._spelled:
-            self._spelled[id(value)] = name = f"c{len(self.constants)}"
+            self._spelled[id(value)] = name = self._new(kind)
             self.constants[name] = value
         return self._spelled[id(value)]
 
@@ -97,7 +109,9 @@ class _Writer(TorchDispatchMode):
         literal = value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
         return repr(value) if literal else self._constant(value)
 
-    def _write(self, made: Any, call: Any, *args: Any, changes: bool = False, otherwise: str = "", **kwargs: Any) -> None:
+    def _write(
+        self, made: Any, call: Any, *args: Any, called: str, changes: bool = False, otherwise: str = "", **kwargs: Any
+    ) -> None:
         """The line ``made = call(*args, **kwargs)``; all tensors in ``made`` have names."""
         takes: set[str] = set()
         given = [self._spell(value, takes) for value in args]
@@ -106,9 +120,8 @@ class _Writer(TorchDispatchMode):
         marks = [self.mark_of(value) if isinstance(value, Tensor) else None for value in (made if several else (made,))]
         left = ", ".join("_" if mark is None else mark.name for mark in marks) + "," * several
         names = frozenset(str(mark.name) for mark in marks if mark is not None)
-        self.lines.append(
-            _Line(names, frozenset(takes), f"{left} = {self._constant(call)}({', '.join(given)}){otherwise}", changes)
-        )
+        text = f"{left} = {self._constant(call, f'{called}_')}({', '.join(given)}){otherwise}"
+        self.lines.append(_Line(names, frozenset(takes), text, changes))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -132,12 +145,14 @@ class _Writer(TorchDispatchMode):
         if seen is not None and seen.root is not None and all(value.dtype == given[0].dtype for value in results):
             for value in results:  # from the root in one step, so that the lines of views in between can go
                 self.name(value, seen.root)
-                self._write(value, torch.as_strided, seen.root, value.shape, value.stride(), value.storage_offset())
+                where = value.shape, value.stride(), value.storage_offset()
+                self._write(value, torch.as_strided, seen.root, *where, called="as_strided")
             return made
         for value in results:
             if not self.knows(value):  # known is what was written to and is returned
                 self.name(value, own=not func.is_view)
-        self._write(made, _dispatch.implementation(func), *args, changes=bool(changed), **kwargs)
+        called = func._schema.name.rpartition("::")[2]
+        self._write(made, _dispatch.implementation(func), *args, called=called, changes=bool(changed), **kwargs)
         return made
 
     def hear(self, kernel: str, plan: str | None, args: tuple[Any, ...], made: tuple[Tensor | None, ...]) -> None:
@@ -148,7 +163,10 @@ class _Writer(TorchDispatchMode):
         for value in made:
             if value is not None and not written:
                 self.name(value, own=True)  # not as it was allocated: those lines can go
-        self._write(made, _native.launch(kernel, plan), *args, changes=written, otherwise=" or refused()")
+        self._write(made, _native.launch(kernel, plan), *args, called=kernel, changes=written, otherwise=" or refused()")
+
+
+_written = itertools.count()
 
 
 def _refused() -> None:
@@ -169,9 +187,8 @@ def write_down(function: Callable[..., Any], tensors: Mapping[str, Tensor], rest
     Raises:
         UnrepeatableError: for a function that reads values, writes to what was there before or does not return a new tensor.
     """
-    writer = _Writer()
     given = {name: tensor.view_as(tensor) for name, tensor in tensors.items()}  # the caller's own are not marked
-    start = [f"{writer.name(tensor)} = {name}" for name, tensor in given.items()]
+    writer = _Writer(given)
     with _native.listening(writer.hear), writer:
         result = function(**given, **rest)
     mark = writer.mark_of(result) if isinstance(result, Tensor) else None
@@ -184,11 +201,14 @@ def write_down(function: Callable[..., Any], tensors: Mapping[str, Tensor], rest
             unwanted = (line.names | line.takes) - wanted
             body += [f"del {', '.join(sorted(unwanted))}"] * bool(unwanted) + [line.text]
             wanted = wanted - line.names | line.takes
-    source = "\n    ".join([f"def replay({', '.join(given)}):", *start, *reversed(body)])
+    source = "\n    ".join([f"def replay({', '.join(given)}):", *reversed(body)])
     namespace: dict[str, Any] = {**writer.constants, "refused": _refused}
-    exec(compile(source, "<replay>", "exec"), namespace)
+    file = f"<replay {next(_written)}>"
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # for tracebacks and debuggers
+    exec(compile(source, file, "exec"), namespace)
     replay = namespace["replay"]
     replay.source = source
+    weakref.finalize(replay, linecache.cache.pop, file, None)
     return result, replay
 
 

@@ -90,7 +90,7 @@ def test_nothing_outlives_its_last_use():
     x, t, _ = inputs("unet", size=(16, 16))
     fast(x, t), fast(x, t)
     (replay,) = replays_of(fast)
-    made = set(re.findall(r"\bt\d+\b", replay.source))
+    made = {"x", "time", *re.findall(r"\bt\d+\b", replay.source)}
     gone = [name for line in re.findall(r"del (.*)", replay.source) for name in line.split(", ")]
     assert len(gone) == len(set(gone))
     assert made - set(gone) == {re.search(r"return (.*)", replay.source)[1]}
@@ -139,6 +139,16 @@ def test_what_a_function_may_do(function):
     replay = checked(function, strided)
     elsewhere = torch.randn(70).as_strided(strided.shape, strided.stride(), 3)  # lies at another offset of its memory
     assert torch.equal(replay(a=elsewhere), function(elsewhere))
+
+
+@torch.no_grad()
+def test_arguments_may_have_any_names():
+    def function(t1, c2, mul_3, t3):
+        return (t1 * c2 * mul_3).sin() * t3 * KEPT.exp() * t3
+
+    tensors = {name: torch.randn(3) for name in ("t1", "c2", "mul_3", "t3")}
+    _, replay = write_down(function, tensors, {})
+    assert torch.equal(replay(**tensors), function(**tensors))
 
 
 @pytest.mark.parametrize("draw", [torch.randn_like, lambda x: torch.rand(3), lambda x: ops.normal((3,))])
@@ -282,8 +292,9 @@ def test_threads_share_a_network():
 def test_a_kernel_that_refuses_says_so():
     weight = torch.ones(2)
     _, replay = write_down(lambda x: ops.group_norm_silu(x, 1, weight, weight), {"x": torch.ones(2, 2, 3)}, {})
-    with pytest.raises(RuntimeError, match="must not be changed"):
+    with pytest.raises(RuntimeError, match="must not be changed") as raised:
         replay(x=torch.ones(2, 3, 3))
+    assert "group_norm_silu_fwd_" in str(raised.traceback[1].statement)  # the line is there to be read
 
 
 @pytest.mark.skipif(not _native.ready(), reason="no compiled kernels")
