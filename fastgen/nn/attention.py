@@ -71,17 +71,18 @@ class Attention(nn.Module):
         """Attention of ``first`` of the tokens: [N, T, channels or 3 channels] -> [N, T, channels]."""
         n, tokens, _ = projected.shape
         if self.to_query is None:
-            query, key, value = projected.view(n, tokens, 3, self.heads, -1).unbind(2)
+            joint = projected.view(n, tokens, 3, self.heads, -1)
+            parts, given = joint.unbind(2), (joint,)
         else:
             if context is None:
                 raise ValueError("cross-attention needs a context")
             query = projected.view(n, tokens, self.heads, -1)
             both = self.to_rest(context.to(projected.dtype)).view(*context.shape[:2], 2, self.heads, -1)
-            key, value = both.expand(n, -1, -1, -1, -1).unbind(2)
-        if ops.attention_serves(query):
-            h = ops.attention(query, key, value)
+            parts = given = query, *both.expand(n, -1, -1, -1, -1).unbind(2)
+        if ops.attention_serves(parts[0]):
+            h = ops.attention(*given)
         else:
-            query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+            query, key, value = (part.transpose(1, 2) for part in parts)
             h = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         return h.reshape(n, tokens, -1)
 

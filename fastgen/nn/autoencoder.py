@@ -8,12 +8,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from fastgen.nn.attention import ImageAttention
 from fastgen.nn.blocks import Block, Down
-from fastgen.nn.conv import Conv2d
+from fastgen.nn.conv import Conv2d, channels_last
 from fastgen.nn.norm import GroupNormSiLU
 from fastgen.nn.resnet import Downsample, ResBlock, Upsample
 
@@ -27,7 +26,7 @@ def _block(n: int, m: int, attends: bool, groups: int) -> Block:
 def _inside(module: nn.Module, x: Tensor) -> Tensor:
     """x as the layers want it: the dtype of the weights, on a CPU channels-last."""
     h = x.to(next(module.parameters()).dtype)
-    return h.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else h
+    return channels_last(h) if x.device.type == "cpu" else h
 
 
 class ImageEncoder(nn.Module):

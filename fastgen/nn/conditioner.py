@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import ops
-from fastgen.nn.conv import Conv2d, zero
+from fastgen.nn.conv import Conv2d, channels_last, zero
 
 __all__ = ["LIMIT", "ConvConditioner", "MLPConditioner", "ResNetConditioner", "has_hooks", "keep_activations"]
 
@@ -176,4 +176,4 @@ class _ResidualBlock(nn.Module):
 
 def _as_pixels(x: Tensor) -> Tensor:
     """Saturated, and with the channels of a pixel side by side: the layout in which convolutions are fastest."""
-    return x.clamp(-LIMIT, LIMIT).contiguous(memory_format=torch.channels_last)
+    return channels_last(x.clamp(-LIMIT, LIMIT))

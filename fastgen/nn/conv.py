@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgen import ops
 
-__all__ = ["Conv2d", "zero"]
+__all__ = ["Conv2d", "channels_last", "zero"]
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -21,6 +21,17 @@ def zero(module: M) -> M:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The image [N, C, H, W] with its channels last in memory, where convolutions and group norm are fastest on a CPU.
+
+    A single channel lies either way. PyTorch goes by the strides then, and lays the result of a convolution likewise: these
+    are made to say channels last.
+    """
+    if x.shape[1] == 1:
+        return x.reshape(x.shape[0], *x.shape[2:], 1).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class Conv2d(nn.Conv2d):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastgen.nn.attention import ImageAttention, heads_of
 from fastgen.nn.blocks import Block, Down
-from fastgen.nn.conv import Conv2d, zero
+from fastgen.nn.conv import Conv2d, channels_last, zero
 from fastgen.nn.network import recompute
 from fastgen.nn.norm import GroupNormSiLU
 from fastgen.nn.resnet import Downsample, ResBlock, Upsample
@@ -190,9 +190,8 @@ class UNet(nn.Module):
         keep = self.checkpointing
 
         h = x.to(self.conv_in.weight.dtype)
-        if x.device.type == "cpu":  # where convolutions and group norm are fastest so
-            h = h.contiguous(memory_format=torch.channels_last)
-        skips = [self.conv_in(2 * h - 1 if self.center_input else h)]
+        h = 2 * h - 1 if self.center_input else h
+        skips = [self.conv_in(channels_last(h) if x.is_cpu else h)]
         for level in self.down:
             skips += level(skips[-1], told, context, keep)
         h = skips[-1]

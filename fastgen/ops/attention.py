@@ -17,6 +17,7 @@ arXiv:2205.14135, for the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,14 +85,24 @@ def _gradients_like(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tens
     return queries.new_empty(queries.shape), keys.new_empty(keys.shape), values.new_empty(values.shape)
 
 
+def _differentiate_into(grads: Sequence[Tensor], parts: Sequence[Tensor], out: Tensor, kept: Tensor, grad: Tensor) -> None:
+    _native.kernel("attention_bwd")(
+        *_sizes(*parts[:2]), *_strided(*parts), out, kept, grad, *_strided(*grads), torch.get_num_threads()
+    )
+
+
 def _backward(
     queries: Tensor, keys: Tensor, values: Tensor, out: Tensor, kept: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _gradients_like(queries, keys, values)
-    _native.kernel("attention_bwd")(
-        *_sizes(queries, keys), *_strided(queries, keys, values), out, kept, grad, *_strided(*grads), torch.get_num_threads()
-    )
+    _differentiate_into(grads, (queries, keys, values), out, kept, grad)
     return grads
+
+
+def _backward_of_joint(joint: Tensor, out: Tensor, kept: Tensor, grad: Tensor) -> Tensor:
+    by_joint = joint.new_empty(joint.shape)
+    _differentiate_into(by_joint.unbind(2), joint.unbind(2), out, kept, grad)
+    return by_joint
 
 
 _apply = _dispatch.raw_op(
@@ -105,6 +116,12 @@ _differentiate = _dispatch.raw_op(
     "(Tensor queries, Tensor keys, Tensor values, Tensor out, Tensor kept, Tensor grad) -> (Tensor, Tensor, Tensor)",
     _backward,
     lambda queries, keys, values, out, kept, grad: _gradients_like(queries, keys, values),
+)
+_differentiate_joint = _dispatch.raw_op(
+    "attention_joint_bwd",
+    "(Tensor joint, Tensor out, Tensor kept, Tensor grad) -> Tensor",
+    _backward_of_joint,
+    lambda joint, *_: joint.new_empty(joint.shape),
 )
 
 
@@ -131,17 +148,38 @@ class _Attention(torch.autograd.Function):
         return tuple(g if want else None for g, want in zip(grads, ctx.needs_input_grad, strict=True))
 
 
+class _JointAttention(torch.autograd.Function):
+    """:class:`_Attention` of three parts of one tensor, whose gradients are written into one."""
+
+    @staticmethod
+    def forward(ctx: Any, joint: Tensor) -> Tensor:
+        out, kept = _apply(*joint.unbind(2), True)
+        ctx.save_for_backward(joint, out, kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        joint, out, kept = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            alias = joint.view_as(joint)
+            return torch.autograd.grad(attention_reference(*alias.unbind(2)), alias, grad, create_graph=True)[0]
+        return _differentiate_joint(joint, out, kept, grad.contiguous())
+
+
 def _dense(x: Tensor) -> Tensor:
     """With the numbers of a head side by side: itself where they are."""
-    return x if x.stride(3) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def attention(queries: Tensor, keys: Tensor, values: Tensor, *, backend: str | None = None) -> Tensor:
+def attention(
+    queries: Tensor, keys: Tensor | None = None, values: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
     """Attend from every query to all keys of its sample and head: softmax(query key' / sqrt(D)) value.
 
     Args:
         queries: [N, T, heads, D], floating point, D at least 1. float32 on CPUs with D <= 32 has kernels, else the reference.
-        keys, values: [N, S, heads, D].
+            Or all three in one tensor, [N, T, 3, heads, D], whose gradient then is one too.
+        keys, values: [N, S, heads, D]; None where queries holds them.
         backend: None, "reference" or "cpp".
 
     Returns:
@@ -154,9 +192,17 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, *, backend: str | N
     >>> attention(queries, keys, values).shape
     torch.Size([2, 196, 4, 8])
     """
+    joint = None
+    if keys is None or values is None:
+        if keys is not None or values is not None or queries.dim() != 5 or queries.shape[2] != 3:
+            raise ValueError(f"without keys and values queries must have shape [N, T, 3, heads, D], got {list(queries.shape)}")
+        joint = _dense(queries)
+        queries, keys, values = joint.unbind(2)
     _check(queries, keys, values)
     if _dispatch.choose(SPEC, backend, queries, inputs={"queries": queries, "keys": keys}) == "reference":
         return attention_reference(queries, keys, values)
+    if joint is not None and joint.requires_grad and torch.is_grad_enabled():
+        return _JointAttention.apply(joint)
     queries, keys, values = _dense(queries), _dense(keys), _dense(values)
     if torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad or values.requires_grad):
         return _Attention.apply(queries, keys, values)

@@ -99,8 +99,36 @@ def test_a_joint_projection_gets_the_gradients_of_its_parts():
     weight = torch.randn(2, 50, 2, 8)
     (whole,) = torch.autograd.grad(attention(*joint.unbind(2)), joint, weight)
     assert torch.equal(whole, torch.stack(torch.autograd.grad(attention(*parts), parts, weight), 2))
+    assert torch.equal(torch.autograd.grad(attention(joint), joint, weight)[0], whole)
     (by_key,) = torch.autograd.grad(attention(parts[0].detach(), parts[1], parts[2].detach()), parts[1], weight)
     assert torch.equal(by_key, whole[:, :, 1])
+
+
+@native
+def test_three_parts_in_one_tensor():
+    joint = torch.randn(2, 5, 3, 2, 4, dtype=torch.float64)
+    assert torch.equal(attention(joint), attention(*joint.unbind(2)))  # of the reference
+    joint = torch.randn(2, 8, 4, 2, 7).transpose(1, 4)[:, :, 1:]  # the numbers of a head apart
+    weight = torch.randn(2, 7, 2, 8)
+    found = []
+    for form in (
+        attention,
+        lambda joint: attention(*joint.unbind(2)),
+        lambda joint: attention(*joint.unbind(2), backend="reference"),
+    ):
+        leaf = joint.detach().clone().requires_grad_()
+        out = form(leaf)
+        (grad,) = torch.autograd.grad(out, leaf, weight, create_graph=True)
+        found.append((out, grad, torch.autograd.grad(grad.square().sum(), leaf)[0]))
+    for others in found[1:]:
+        torch.testing.assert_close(found[0], others, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(attention(joint), found[0][0])
+    for wrong in (torch.randn(2, 5, 2, 2, 4), torch.randn(2, 5, 2, 4)):
+        with pytest.raises(ValueError, match="without keys and values"):
+            attention(wrong)
+    with pytest.raises(ValueError, match="without keys and values"):
+        attention(joint[:, :, 0], joint[:, :, 1])
 
 
 @native
