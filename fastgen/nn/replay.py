@@ -227,7 +227,8 @@ class Replay:
     def __init__(self, network: nn.Module, most: int = 16) -> None:
         self._network, self._most = network, most
         self._own = type(network).forward
-        self._names = list(inspect.signature(self._own).parameters)[1:]
+        parameters = inspect.signature(self._own).parameters.values()
+        self._names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD][1:]
         self.replays: dict[Any, Callable[..., Tensor] | None] = {}
         """By kind; None for those that were seen once or are not repeatable."""
         self._unrepeatable: set[Any] = set()
@@ -243,20 +244,23 @@ class Replay:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = dict(zip(self._names, args, strict=False)) | kwargs
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-        if not self._serves(tensors.values()):
+        if len(named) != len(args) + len(kwargs) or not self._serves(tensors.values()):
             return self._own(self._network, *args, **kwargs)
         rest = {name: value for name, value in named.items() if name not in tensors}
         kind = (
             *((name, value.shape, value.stride(), value.dtype) for name, value in tensors.items()),
             *((name, type(value), value) for name, value in rest.items()),
         )
-        replay = self.replays.get(kind)
+        try:
+            replay = self.replays.get(kind)
+        except TypeError:  # a list, say
+            return self._own(self._network, *args, **kwargs)
         if replay is not None:
             return replay(**tensors)
         if kind not in self.replays:
-            if len(self.replays) >= self._most:
-                self._unrepeatable.discard(oldest := next(iter(self.replays)))
+            for oldest in list(self.replays)[: max(0, len(self.replays) + 1 - self._most)]:
                 self.replays.pop(oldest, None)
+                self._unrepeatable.discard(oldest)
             self.replays[kind] = None
         elif kind not in self._unrepeatable:
             try:
