@@ -330,7 +330,8 @@ class Launch {
 
   bool start(PyObject* first, Like& like) const {
     const Torch& torch = Torch::get();
-    if (integer(torch.dispatch_modes) != (listener ? 1 : 0) || own(PyObject_CallNoArgs(torch.transforms)).ptr() != Py_False) return false;
+    if (integer(torch.dispatch_modes) != (listener ? 1 : 0)) return false;
+    if (own(PyObject_CallNoArgs(torch.transforms)).ptr() != Py_False) return false;
     const dlpack::Tensor& t = like.tensor;
     if (!read(first, like.tensor) || t.ndim == 0) return false;
     like.last = channels_last_ || (either_layout_ && !is_dense(t, false));

@@ -42,9 +42,12 @@ def attention_reference(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor
     return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
 
 
-def _check(queries: Tensor, keys: Tensor, values: Tensor) -> None:
+def _check_type(queries: Tensor) -> None:
     if not isinstance(queries, Tensor) or not queries.is_floating_point():
         raise TypeError(f"queries must be a floating-point tensor, got {getattr(queries, 'dtype', type(queries).__name__)}")
+
+
+def _check(queries: Tensor, keys: Tensor, values: Tensor) -> None:
     if queries.dim() != 4 or not queries.shape[3]:
         raise ValueError(f"queries must have shape [N, T, heads, D] with D at least 1, got {list(queries.shape)}")
     for name, x in (("keys", keys), ("values", values)):
@@ -192,6 +195,7 @@ def attention(
     >>> attention(queries, keys, values).shape
     torch.Size([2, 196, 4, 8])
     """
+    _check_type(queries)
     joint = None
     if keys is None or values is None:
         if keys is not None or values is not None or queries.dim() != 5 or queries.shape[2] != 3:
@@ -226,7 +230,7 @@ def _supports(backend: str, inputs: dict[str, Any]) -> str | None:
     width = inputs["queries"].shape[-1]
     if backend == "cpp" and width > _WIDEST:
         return f"its kernels take heads of at most {_WIDEST} numbers, got {width}"
-    if backend == "cpp" and not inputs["keys"].shape[1]:
+    if backend == "cpp" and not inputs.get("keys", inputs["queries"]).shape[1]:  # without keys: all three in one tensor
         return "there are no keys"
     return None
 

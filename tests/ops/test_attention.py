@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from fastgen.ops import _native, attention, attention_serves, use_backend
+from fastgen.ops import _native, attention, attention_serves, explain, use_backend
 
 native = pytest.mark.skipif(_native.missing() is not None, reason="no compiled kernels")
 every_isa = pytest.mark.parametrize("isa", _native.available_isas())
@@ -129,6 +129,9 @@ def test_three_parts_in_one_tensor():
             attention(wrong)
     with pytest.raises(ValueError, match="without keys and values"):
         attention(joint[:, :, 0], joint[:, :, 1])
+    with pytest.raises(TypeError, match="queries must be a floating-point tensor, got list"):
+        attention(joint.tolist())
+    assert "cpp: can serve" in explain("attention", joint)
 
 
 @native
